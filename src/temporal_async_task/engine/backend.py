@@ -1,0 +1,186 @@
+"""Starts runs and asks about them, over a Temporal client. Needs no worker: all answers are the server's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from temporalio.api.common.v1 import Payload, WorkflowExecution
+from temporalio.api.enums.v1 import WorkflowExecutionStatus
+from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
+from temporalio.client import Client, WorkflowFailureError
+from temporalio.common import RawValue, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
+from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
+
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.describe import completed, failed, failure_of, running
+from temporal_async_task.engine.values import PayloadValues, digest
+from temporal_async_task.errors import (
+    AsyncTaskError,
+    ParamsError,
+    PayloadTooLargeError,
+    ResultError,
+    ServerUnavailableError,
+    TaskConflictError,
+    TaskNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from temporalio.api.failure.v1 import Failure
+    from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
+
+    from temporal_async_task.status import TaskResult
+
+_RUNNING = {
+    WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_RUNNING,
+    WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_PAUSED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskAddress:
+    """What the backend has to know of a task."""
+
+    name: str
+    workflow_type: str
+    task_queue: str
+    params_type: Any
+    result_type: Any
+    heartbeat_timeout: float
+    timeout: float | None
+
+
+class WorkflowBackend:
+    """Tasks carried by the generic workflow."""
+
+    def __init__(self, client: Client) -> None:
+        self._converter = client.data_converter
+        self._client = raw_client(client)
+
+    def _values(self, task_id: str) -> PayloadValues:
+        return PayloadValues(self._converter, self._client.namespace, task_id)
+
+    async def start(
+        self, task: TaskAddress, task_id: str, origin: str, params: Any, delay: timedelta | None
+    ) -> None:
+        """Start a run, or find that it was started before with the same params."""
+        values = self._values(task_id)
+        try:
+            plain = values.check(params, task.params_type)
+            payload = await values.to_payload(params)
+        except ResultError as error:
+            raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
+        except PayloadTooLargeError as error:
+            raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
+        fingerprint = digest(plain)
+        start = wire.TaskInput(origin=origin, heartbeat_timeout=task.heartbeat_timeout, timeout=task.timeout)
+        try:
+            await self._client.start_workflow(
+                task.workflow_type,
+                args=[RawValue(start.to_payload()), RawValue(payload)],
+                id=task_id,
+                task_queue=task.task_queue,
+                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                memo={wire.MEMO_PARAMS: await values.to_payload(fingerprint)},
+                start_delay=delay,
+            )
+        except WorkflowAlreadyStartedError:
+            await self._check_same(task, task_id, fingerprint)
+        except RPCError as error:
+            raise translated(error, self._client) from error
+
+    async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
+        found = await self._describe(task_id)
+        info = found.workflow_execution_info
+        if info.type.name != task.workflow_type:
+            raise TaskConflictError(
+                f"The task id {task_id!r} is in use, by a run of another task or workflow. Choose another id."
+            )
+        memo = info.memo.fields.get(wire.MEMO_PARAMS)
+        known = await self._values(task_id).from_payload(memo) if memo is not None else None
+        if known != fingerprint:
+            raise TaskConflictError(
+                f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with one "
+                f"set of params: choose another id, or submit the same params."
+            )
+
+    async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
+        """One call to the server while the run goes on, two after its end."""
+        found = await self._found(task, task_id)
+        values = self._values(task_id)
+        if found.workflow_execution_info.status in _RUNNING:
+            return await running(task_id, found, values)
+        return await self._ended(task, task_id, found, values)
+
+    async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
+        """The status after the end of the run, however long that takes."""
+        found = await self._found(task, task_id)
+        return await self._ended(task, task_id, found, self._values(task_id))
+
+    async def ids(self, task: TaskAddress, query: str) -> AsyncIterator[str]:
+        """The ids of a task's runs that a visibility query finds, newest first."""
+        clauses = f"WorkflowType = '{task.workflow_type}'" + (f" AND ({query})" if query else "")
+        try:
+            async for found in self._client.list_workflows(clauses):
+                yield found.id
+        except RPCError as error:
+            raise translated(error, self._client) from error
+
+    async def _found(self, task: TaskAddress, task_id: str) -> DescribeWorkflowExecutionResponse:
+        found = await self._describe(task_id)
+        if found.workflow_execution_info.type.name != task.workflow_type:
+            raise TaskNotFoundError(f"There is no run {task_id!r} of task {task.name!r}.")
+        return found
+
+    async def _describe(self, task_id: str) -> DescribeWorkflowExecutionResponse:
+        request = DescribeWorkflowExecutionRequest(
+            namespace=self._client.namespace, execution=WorkflowExecution(workflow_id=task_id)
+        )
+        try:
+            return await self._client.workflow_service.describe_workflow_execution(request, retry=True)
+        except RPCError as error:
+            if error.status == RPCStatusCode.NOT_FOUND:
+                raise TaskNotFoundError(
+                    f"There is no task run {task_id!r}: it was never submitted, or the server's retention of it is over."
+                ) from None
+            raise translated(error, self._client) from error
+
+    async def _ended(
+        self,
+        task: TaskAddress,
+        task_id: str,
+        found: DescribeWorkflowExecutionResponse,
+        values: PayloadValues,
+    ) -> TaskResult[Any]:
+        info = found.workflow_execution_info
+        handle = self._client.get_workflow_handle(
+            task_id, run_id=info.execution.run_id, result_type=RawValue
+        )
+        try:
+            outcome: Payload | Failure = (await handle.result(follow_runs=False)).payload
+        except WorkflowFailureError as error:
+            outcome = failure_of(error)
+        except RPCError as error:
+            raise translated(error, self._client) from error
+        if isinstance(outcome, Payload):
+            return await completed(task_id, info, outcome, values, task.result_type)
+        return await failed(task_id, found, outcome, values)
+
+
+def raw_client(client: Client) -> Client:
+    """The same connection, for payloads as they are. What is the user's is encoded by ``PayloadValues``."""
+    return Client(**{**client.config(), "data_converter": wire.RAW})
+
+
+def translated(error: RPCError, client: Client) -> AsyncTaskError:
+    """The server's refusal, in this library's words."""
+    address = client.service_client.config.target_host
+    if error.status in {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED}:
+        return ServerUnavailableError(
+            f"The Temporal server at {address} does not answer ({error}). Nothing was lost: try again when it is back."
+        )
+    return AsyncTaskError(f"The Temporal server at {address} refused the call: {error.status.name}: {error}")

@@ -1,0 +1,166 @@
+"""What the server says of a run, as a ``TaskResult``."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from temporalio.api.common.v1 import Payload
+from temporalio.api.enums.v1 import PendingActivityState, WorkflowExecutionStatus
+from temporalio.api.failure.v1 import Failure
+from temporalio.exceptions import FailureError
+
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.journal import Journal, StepRecord
+from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from google.protobuf.timestamp_pb2 import Timestamp
+    from temporalio.api.workflow.v1 import WorkflowExecutionInfo
+    from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
+    from temporalio.client import WorkflowFailureError
+
+    from temporal_async_task.engine.values import PayloadValues
+
+_ENDED_WITHOUT_CODE = {
+    WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_TERMINATED: "TerminatedError",
+    WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_TIMED_OUT: "TimeoutError",
+    WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: wire.CANCELLED,
+}
+
+
+async def running(
+    task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues
+) -> TaskResult[Any]:
+    """A run that has not ended."""
+    info = found.workflow_execution_info
+    activity = next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)
+    if activity is None:  # between the workflow and its activity
+        held = info.memo.fields.get(wire.MEMO_JOURNAL)
+        journal = await _journal([held] if held else [], values)
+        return _picture(task_id, TaskStatus.PENDING, info, journal)
+    details = activity.heartbeat_details.payloads
+    journal = await _journal(details[:1], values)
+    waiting = activity.state != PendingActivityState.PENDING_ACTIVITY_STATE_STARTED
+    if waiting and activity.attempt <= 1:
+        return _picture(task_id, TaskStatus.PENDING, info, journal)
+    next_retry_at = None
+    if waiting and activity.HasField("next_attempt_schedule_time"):
+        next_retry_at = _time(activity.next_attempt_schedule_time)
+    last_error = _last_error(journal)
+    if last_error is None and activity.HasField("last_failure"):
+        if activity.last_failure.WhichOneof("failure_info") == "timeout_failure_info":
+            last_error = "WorkerLostError: the worker of the last attempt was lost"
+    return _picture(
+        task_id,
+        TaskStatus.PROCESSING,
+        info,
+        journal,
+        attempt=activity.attempt,
+        started_at=_time(activity.last_started_time) if activity.HasField("last_started_time") else None,
+        next_retry_at=next_retry_at,
+        last_error=last_error,
+    )
+
+
+async def completed(
+    task_id: str, info: WorkflowExecutionInfo, result: Payload, values: PayloadValues, result_type: Any
+) -> TaskResult[Any]:
+    """A run that ended with a result."""
+    header = result.metadata.get(wire.RESULT_JOURNAL)
+    journal = await _journal([Payload.FromString(header)] if header else [], values)
+    value = await values.from_payload(result, result_type)
+    return _picture(
+        task_id, TaskStatus.COMPLETED, info, journal, result=value, completed_at=_time(info.close_time)
+    )
+
+
+async def failed(
+    task_id: str, found: DescribeWorkflowExecutionResponse, failure: Failure, values: PayloadValues
+) -> TaskResult[Any]:
+    """A run that ended without one."""
+    info = found.workflow_execution_info
+    plain = await values.plain_failure(failure)
+    error_type = _ENDED_WITHOUT_CODE.get(info.status) or plain.application_failure_info.type or "Error"
+    details: Sequence[Payload] = plain.application_failure_info.details.payloads
+    if found.pending_activities:  # ended from outside, in the middle of an attempt: its journal is where it was
+        journal = await _journal(found.pending_activities[0].heartbeat_details.payloads[:1], values)
+    else:
+        journal = Journal.of_header(details[0].data) if details else Journal()
+    return _picture(
+        task_id,
+        TaskStatus.FAILED,
+        info,
+        journal,
+        error=plain.message,
+        error_type=error_type,
+        completed_at=_time(info.close_time),
+    )
+
+
+def failure_of(error: WorkflowFailureError) -> Failure:
+    """What the server has kept of a run's failure."""
+    cause = error.cause
+    if isinstance(cause, FailureError) and cause.failure is not None:
+        return cause.failure
+    return Failure(message=str(cause))
+
+
+async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
+    """The journal's header; an empty journal where there is none."""
+    if not header:
+        return Journal()
+    [plain] = await values.decode_raw(list(header))
+    return Journal() if plain.data in {b"", b"null"} else Journal.of_header(plain.data)
+
+
+def _picture(
+    task_id: str, status: TaskStatus, info: WorkflowExecutionInfo, journal: Journal, **fields: Any
+) -> TaskResult[Any]:
+    records = sorted(journal, key=lambda record: (record.started is None, record.started or 0.0))
+    unfinished = [record for record in records if record.finished is None]
+    fraction, message = journal.progress or (None, None)
+    if journal.started is not None:
+        fields["started_at"] = _of(journal.started)
+    return TaskResult(
+        task_id=task_id,
+        status=status,
+        created_at=_time(info.start_time),
+        current_step=unfinished[0].key if unfinished and status is TaskStatus.PROCESSING else None,
+        completed_steps=tuple(record.key for record in journal if record.state is StepState.COMPLETED),
+        steps=tuple(_step(record) for record in records),
+        progress=fraction,
+        progress_message=message or None,
+        **fields,
+    )
+
+
+def _step(record: StepRecord) -> StepStatus:
+    return StepStatus(
+        key=record.key,
+        state=record.state,
+        attempts=record.calls + (record.state is StepState.RUNNING),
+        started_at=_of(record.started),
+        finished_at=_of(record.finished),
+        last_error=str(record.error) if record.error else None,
+        next_attempt_at=_of(record.due),
+    )
+
+
+def _last_error(journal: Journal) -> str | None:
+    """Of what goes on: the error of the step (or the body) that failed last."""
+    failing = [record for record in journal if record.error and record.finished is None]
+    if journal.body.error:
+        failing.append(journal.body)
+    last = max(failing, key=lambda record: record.due or 0.0, default=None)
+    return str(last.error) if last else None
+
+
+def _time(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(UTC)
+
+
+def _of(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

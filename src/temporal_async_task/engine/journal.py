@@ -1,0 +1,238 @@
+"""The journal: what is known of a run, to and from the two parts in which it is stored.
+
+The header is a small JSON document that holds all the status needs: steps, calls, times, errors, progress.
+The results are one opaque run of bytes, each result behind its length. A finished step never changes, so its
+fragments of both are made once and only copied at every later checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from temporal_async_task.errors import PayloadTooLargeError
+from temporal_async_task.status import StepState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+VERSION = 1
+MAX_BYTES = 2 * 1024 * 1024 - 64 * 1024
+"""What a journal may measure: the server takes 2 MB of details, and fails the activity for good beyond that. The
+margin is for the open steps' part of the header and for the message around it."""
+
+_MAX_ERROR_TEXT = 1_000  # characters
+_LENGTH = struct.Struct(">I")
+
+
+class ErrorInfo(NamedTuple):
+    """What is kept of an error: the name of its class, and its message."""
+
+    type: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        text = str(error).encode("utf-8", "backslashreplace").decode()
+        if len(text) > _MAX_ERROR_TEXT:
+            text = text[:_MAX_ERROR_TEXT] + "…"
+        return cls(type(error).__name__, text)
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}" if self.message else self.type
+
+
+class Snapshot(NamedTuple):
+    """A journal as it is stored: the header's JSON, and the results."""
+
+    header: bytes
+    results: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + len(self.results)
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step. Times are seconds since the epoch, by the server's clock."""
+
+    key: str
+    state: StepState = StepState.RETRYING
+    calls: int = 0
+    """Calls that ended by themselves. Those lost with a worker, or handed over, do not count."""
+    failures: int = 0
+    """Calls that failed (a poll's since it last succeeded): what the retry policy counts."""
+    lost: int = 0
+    """Attempts lost with their worker while this step was running."""
+    started: float | None = None
+    finished: float | None = None
+    due: float | None = None
+    """Not to be called before."""
+    error: ErrorInfo | None = None
+    result: bytes | None = None
+
+    def to_json(self) -> list[Any]:
+        return [
+            self.key,
+            self.state.value,
+            self.calls,
+            self.failures,
+            self.lost,
+            _rounded(self.started),
+            _rounded(self.finished),
+            _rounded(self.due),
+            self.error,
+        ]
+
+    @classmethod
+    def from_json(cls, fields: list[Any]) -> StepRecord:
+        key, state, calls, failures, lost, started, finished, due, error = fields
+        error = ErrorInfo(*error) if error else None
+        return cls(key, StepState(state), calls, failures, lost, started, finished, due, error)
+
+
+@dataclass(slots=True)
+class Journal:
+    """The steps of one run, and what else must outlive an attempt."""
+
+    started: float | None = None
+    """When the first attempt began."""
+    body: StepRecord = field(default_factory=lambda: StepRecord(""))
+    """The body's own failures, outside of steps."""
+    progress: tuple[float | None, str] | None = None
+    cancel_reason: str | None = None
+    """Set once a cancellation was delivered."""
+    _done: dict[str, StepRecord] = field(default_factory=dict)
+    _open: dict[str, StepRecord] = field(default_factory=dict)
+    _done_header: list[str] = field(default_factory=list)
+    _done_bytes: int = 0
+    _results: bytearray = field(default_factory=bytearray)
+
+    def __len__(self) -> int:
+        return len(self._done) + len(self._open)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """All steps, the finished ones first, in the order in which they finished."""
+        yield from self._done.values()
+        yield from self._open.values()
+
+    def get(self, key: str) -> StepRecord | None:
+        return self._done.get(key) or self._open.get(key)
+
+    def count_lost(self, attempts: int) -> None:
+        """Count attempts that were lost with their worker against the steps that ran, or else the body."""
+        running = [record for record in self._open.values() if record.state is StepState.RUNNING]
+        for record in running or [self.body]:
+            record.lost += attempts
+
+    def open(self, key: str) -> StepRecord:
+        """The record of a step that is not finished, made if there is none."""
+        return self._open.setdefault(key, StepRecord(key))
+
+    def complete(self, record: StepRecord, result: bytes, now: float) -> None:
+        """Note a step's result.
+
+        Raises:
+            PayloadTooLargeError: The journal would be too large; it is as it was before.
+        """
+        size = len(self._results) + self._done_bytes + len(self._rest()) + len(result)
+        if size > MAX_BYTES:
+            raise PayloadTooLargeError(
+                f"The result of step {record.key!r} ({len(result):,} bytes) would bring the run's journal to "
+                f"{size:,} bytes, over the limit of {MAX_BYTES:,}. Store large results elsewhere and return a "
+                f"reference."
+            )
+        record.state, record.result, record.finished = StepState.COMPLETED, result, now
+        record.due, record.error = None, None
+        self.body.lost = 0  # what is lost without a step to blame counts only while nothing gets done
+        self._open.pop(record.key, None)
+        self._add_done(record)
+
+    def reopen(self, keys: Iterable[str] = ()) -> Journal:
+        """A journal for another try: failed steps and ``keys`` start anew, all other results stay.
+
+        Raises:
+            KeyError: One of ``keys`` was not finished.
+        """
+        redo = set(keys)
+        if missing := redo - self._done.keys():
+            raise KeyError(", ".join(sorted(missing)))
+        fresh = Journal(started=self.started)
+        for record in self._done.values():
+            if record.key not in redo:
+                fresh._add_done(record)
+        return fresh
+
+    def _add_done(self, record: StepRecord) -> None:
+        result = record.result or b""
+        self._index(record)
+        self._results += _LENGTH.pack(len(result)) + result
+
+    def _index(self, record: StepRecord) -> None:
+        fragment = _dumps(record.to_json())
+        self._done[record.key] = record
+        self._done_header.append(fragment)
+        self._done_bytes += len(fragment.encode()) + 1
+
+    def snapshot(self) -> Snapshot:
+        header = f'{self._rest()[:-1]},"done":[{",".join(self._done_header)}]}}'
+        return Snapshot(header.encode(), bytes(self._results))
+
+    def _rest(self) -> str:
+        """The header, but for the finished steps."""
+        return _dumps(
+            {
+                "v": VERSION,
+                "started": self.started,
+                "body": self.body.to_json(),
+                "progress": self.progress,
+                "cancel": self.cancel_reason,
+                "open": [record.to_json() for record in self._open.values()],
+            }
+        )
+
+    @classmethod
+    def restore(cls, snapshot: Snapshot) -> Journal:
+        """The journal of a snapshot.
+
+        Raises:
+            ValueError: It is not a journal, or one of a version that this code does not know.
+        """
+        journal = cls.of_header(snapshot.header)
+        at = 0
+        for record in list(journal._done.values()):
+            (length,) = _LENGTH.unpack_from(snapshot.results, at)
+            at += _LENGTH.size
+            record.result = snapshot.results[at : at + length]
+            at += length
+        if at != len(snapshot.results):
+            raise ValueError("The journal's results do not fit its header")
+        journal._results += snapshot.results
+        return journal
+
+    @classmethod
+    def of_header(cls, header: bytes) -> Journal:
+        """A journal without its results: enough for the status."""
+        fields = json.loads(header)
+        if fields.get("v") != VERSION:
+            raise ValueError(f"The journal has version {fields.get('v')!r}, this library reads {VERSION}")
+        journal = cls(started=fields["started"], body=StepRecord.from_json(fields["body"]))
+        journal.progress = tuple(fields["progress"]) if fields["progress"] else None
+        journal.cancel_reason = fields["cancel"]
+        for step in fields["done"]:
+            journal._index(StepRecord.from_json(step))
+        for step in fields["open"]:
+            record = StepRecord.from_json(step)
+            journal._open[record.key] = record
+        return journal
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,53 @@
+"""Runs a task's body right here, with no server: what ``await task(params)`` does."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from temporalio.contrib.pydantic import pydantic_data_converter
+
+from temporal_async_task.engine.body import bind_body
+from temporal_async_task.engine.journal import Journal, Snapshot
+from temporal_async_task.engine.runner import Completed, Failed, Runner, RunSettings
+from temporal_async_task.engine.values import PayloadValues, return_type
+
+if TYPE_CHECKING:
+    from temporal_async_task.registry import TaskDefinition
+
+
+class _Memory:
+    """A carrier that keeps nothing: there is no attempt after this one."""
+
+    def now(self) -> float:
+        return time.time()
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        pass
+
+    def note(self, snapshot: Snapshot) -> None:
+        pass
+
+
+async def run_here(task: TaskDefinition, params: Any) -> Any:
+    """Run the body to its end; its own error is raised as it is."""
+    values = PayloadValues(pydantic_data_converter)
+    settings = RunSettings(
+        task_id=f"local-{uuid.uuid4()}",
+        task_name=task.name,
+        origin=uuid.uuid4().hex,
+        retry_policy=task.retry_policy,
+        step_timeout=task.step_timeout,
+        in_place=float("inf"),  # every wait is spent here
+        params=params,
+    )
+    runner = Runner(settings, Journal(), values, _Memory(), return_type=return_type)
+    outcome = await runner.run(bind_body(task.function, (params,) if task.takes_params else (), runner))
+    match outcome:
+        case Completed(result):
+            return await values.decode(result, task.result_type)
+        case Failed(error):
+            raise error
+        case _:
+            raise RuntimeError(f"A body with no server cannot end as {outcome}")

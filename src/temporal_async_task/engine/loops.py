@@ -1,0 +1,155 @@
+"""Where the user's code runs: an event loop and threads of its own, apart from those that talk to the server.
+
+So a blocking call in a task's async code stops neither the heartbeats nor the polling of its worker. It does stop the
+other async code on that loop; the watch finds it, and says which task, and where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import logging
+import queue
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from temporal_async_task.engine.unwind import task_factory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+logger = logging.getLogger("temporal_async_task")
+
+STALL_WARNING = 0.25
+"""Seconds for which code may hold the event loop before it is reported."""
+_WATCH_INTERVAL = 0.1
+_numbers = itertools.count(1)
+T = TypeVar("T")
+
+
+class UserLoop:
+    """An event loop in a daemon thread: code that does not come back cannot hold the process at its exit."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_task_factory(task_factory)  # type: ignore[arg-type]  # typeshed wants its own Protocol
+        self._thread = threading.Thread(
+            target=self._run, name=f"async-task-loop-{next(_numbers)}", daemon=True
+        )
+        self._beat = time.monotonic()
+        self._asked = False
+        self._reported = False
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def run(self, coro: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on this loop."""
+        return asyncio.run_coroutine_threadsafe(coro, self._loop)
+
+    def call_soon(self, call: Callable[..., object], *args: object) -> None:
+        self._loop.call_soon_threadsafe(call, *args)
+
+    async def watch(self) -> None:
+        """Report code that blocks this loop. Runs on another one, for as long as there is something to watch."""
+        while True:
+            self.check()
+            await asyncio.sleep(_WATCH_INTERVAL)
+
+    def check(self) -> float:
+        """For how many seconds the loop has not answered; reported once when it is too long."""
+        if not self._asked:
+            self._asked, self._beat = True, time.monotonic()
+            self.call_soon(self._answer)
+            return 0.0
+        stalled = time.monotonic() - self._beat
+        if stalled > STALL_WARNING and not self._reported:
+            self._reported = True
+            logger.warning(
+                "Blocking code in async code of %s: %s. It holds up the other tasks of this worker; make the call in a "
+                "sync function (a step runs it in a thread), or use an async client.",
+                self._current_task(),
+                self._where(),
+            )
+        return stalled
+
+    def _answer(self) -> None:
+        self._asked = self._reported = False
+
+    def _current_task(self) -> str:
+        try:
+            task = asyncio.current_task(self._loop)
+        except RuntimeError:
+            task = None
+        return task.get_name() if task else "a callback"
+
+    def _where(self) -> str:
+        """The innermost source line that is not the standard library's, else the innermost."""
+        frame = sys._current_frames().get(self._thread.ident or 0)  # noqa: SLF001 - documented for this use
+        stack = traceback.extract_stack(frame) if frame else []
+        own = [line for line in stack if "/asyncio/" not in line.filename and __package__ not in line.name]
+        own = [line for line in own if "temporal_async_task/engine/" not in line.filename] or list(stack)
+        if not own:
+            return "an unknown place"
+        return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}"
+
+    def stop(self, timeout: float = 2.0) -> None:
+        """Stop the loop, if its code lets it; waits for at most ``timeout`` seconds."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+class DaemonThreads(concurrent.futures.Executor):
+    """A pool of daemon threads for sync calls.
+
+    The standard pool's threads are joined when the interpreter exits, so one call that hangs would hold the process
+    past its grace period. An idle thread stays for the next call.
+    """
+
+    def __init__(self, max_workers: int) -> None:
+        self._max_workers = max_workers
+        self._work: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._work = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def submit(  # type: ignore[override]  # the loop calls it with a function and its arguments only
+        self, fn: Callable[..., T], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._work.put((future, lambda: fn(*args, **kwargs)))
+        if not self._idle.acquire(blocking=False):
+            with self._lock:
+                if self._count < self._max_workers:
+                    self._count += 1
+                    name = f"async-task-call-{self._count}"
+                    threading.Thread(target=self._run, name=name, daemon=True).start()
+        return future
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            future, call = item
+            del item
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = call()
+                except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            del future, call
+            self._idle.release()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
+        """Let the threads go once they are done; nothing is waited for."""
+        for _ in range(self._count):
+            self._work.put(None)

@@ -1,0 +1,216 @@
+"""The user's values, to and from payloads: the one place where the data converter and its codec are applied.
+
+Everything else in the engine, and the worker's own connection, passes payloads on as they are. So a value that
+cannot be decoded (a rotated key, a changed class) is the engine's to deal with, and never fails a run on its way.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from temporalio.api.common.v1 import Payload
+from temporalio.api.failure.v1 import Failure
+from temporalio.converter import DataConverter, WorkflowSerializationContext
+from temporalio.exceptions import FailureError
+
+from temporal_async_task.errors import ConfigError, PayloadTooLargeError, ResultError, StepUsageError
+from temporal_async_task.steps import Result
+
+MAX_PAYLOAD = 2 * 1024 * 1024 - 16 * 1024
+"""Bytes. The server refuses payloads over 2 MB; the margin is for what is sent around it."""
+
+
+class PayloadValues:
+    """Encodes and decodes values for one run, with the application's data converter."""
+
+    def __init__(self, converter: DataConverter, namespace: str = "default", task_id: str = "") -> None:
+        self._converter = converter.with_context(
+            WorkflowSerializationContext(namespace=namespace, workflow_id=task_id)
+        )
+
+    async def to_payload(self, value: Any) -> Payload:
+        """The payload of a value.
+
+        Raises:
+            ResultError: It cannot be serialised.
+            PayloadTooLargeError: It is larger than the server takes.
+        """
+        try:
+            [payload] = await self._converter.encode([value])
+        except Exception as error:
+            raise ResultError(
+                f"a value of type {_name(type(value))} cannot be serialised: {type(error).__name__}: {error}"
+            ) from error
+        if payload.ByteSize() > MAX_PAYLOAD:
+            raise PayloadTooLargeError(
+                f"A value of {payload.ByteSize():,} bytes is over the limit of {MAX_PAYLOAD:,} bytes (2 MB). Store "
+                f"large values elsewhere, and pass on a reference."
+            )
+        return payload
+
+    async def from_payload(self, payload: Payload, type_hint: Any = None) -> Any:
+        """The value of a payload.
+
+        Raises:
+            ResultError: It cannot be decoded, or does not fit ``type_hint``.
+        """
+        try:
+            [value] = await self._converter.decode([payload], [Any if type_hint is None else type_hint])
+        except Exception as error:
+            raise ResultError(
+                f"the stored value does not fit {_name(type_hint)}: {type(error).__name__}: {error}"
+            ) from error
+        return value
+
+    async def encode(self, value: Any) -> bytes:
+        """As ``to_payload``, in bytes."""
+        return (await self.to_payload(value)).SerializeToString()
+
+    async def decode(self, data: bytes, type_hint: Any = None) -> Any:
+        """As ``from_payload``, from bytes."""
+        return await self.from_payload(Payload.FromString(data), type_hint)
+
+    async def encode_raw(self, payloads: list[Payload]) -> list[Payload]:
+        """Payloads of the engine's own, through the application's codec."""
+        codec = self._converter.payload_codec
+        return await codec.encode(payloads) if codec else payloads
+
+    async def decode_raw(self, payloads: list[Payload]) -> list[Payload]:
+        codec = self._converter.payload_codec
+        return await codec.decode(payloads) if codec else payloads
+
+    async def to_failure(self, error: BaseException) -> Failure:
+        """A failure, by the application's failure converter and codec."""
+        failure = Failure()
+        await self._converter.encode_failure(error, failure)
+        return failure
+
+    async def plain_failure(self, failure: Failure) -> Failure:
+        """A failure with its message in clear, where the failure converter has encoded it."""
+        copy = Failure()
+        copy.CopyFrom(failure)
+        error = await self._converter.decode_failure(copy)
+        if isinstance(error, FailureError) and error.failure is not None:
+            return error.failure
+        return copy
+
+    def check(self, value: Any, type_hint: Any) -> Payload:
+        """The payload of a value that a worker will be able to decode, before any codec; for its digest.
+
+        Raises:
+            ResultError: It cannot be serialised, or what a worker would decode does not fit ``type_hint``.
+        """
+        converter = self._converter.payload_converter
+        try:
+            [payload] = converter.to_payloads([value])
+            converter.from_payloads([payload], [Any if type_hint is None else type_hint])
+        except Exception as error:
+            raise ResultError(f"{type(error).__name__}: {error}") from error
+        return payload
+
+
+def digest(payload: Payload) -> str:
+    """A digest of a value, the same for the same JSON document whatever the order of its keys."""
+    data = payload.data
+    encoding = payload.metadata.get("encoding", b"")
+    if encoding.startswith(b"json/"):
+        data = json.dumps(json.loads(data), sort_keys=True).encode()
+    return hashlib.sha256(encoding + b"\0" + data).hexdigest()
+
+
+_hints: WeakKeyDictionary[Callable[..., Any], Any] = WeakKeyDictionary()
+
+
+def return_type(call: Callable[..., Any]) -> Any:
+    """What a callable's result is decoded to: its return annotation, None without one.
+
+    Raises:
+        StepUsageError: The annotation names what is not there at run time.
+    """
+    function = _function(call)
+    if inspect.isclass(function):
+        return function
+    try:
+        return _hints[function]
+    except (KeyError, TypeError):
+        pass
+    try:
+        hint = _result_of(_annotations(function).get("return"))
+    except ConfigError as error:
+        raise StepUsageError(f"{error} Or name the type: step.with_options(result_type=...).") from error
+    if isinstance(function, types.FunctionType):
+        _hints[function] = hint
+    return hint
+
+
+def signature_types(function: Callable[..., Any]) -> tuple[bool, Any, Any]:
+    """Of a task's function: whether it takes params, their type, and the type of its result.
+
+    Raises:
+        ConfigError: It takes more than one parameter, or an annotation names what is not there at run time.
+    """
+    name = _name(function)
+    parameters = list(inspect.signature(function).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+    if len(needed) > 1 or any(parameter.kind not in kinds for parameter in needed):
+        raise ConfigError(
+            f"Task function {name} takes {len(needed)} parameters. A task takes one (its params, as a model or "
+            f"dataclass) or none."
+        )
+    first = next((parameter for parameter in parameters if parameter.kind in kinds), None)
+    hints = _annotations(_function(function))
+    params_type = hints.get(first.name) if first else None
+    return first is not None, params_type, _result_of(hints.get("return"), generator=True)
+
+
+def _function(call: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(call, functools.partial):
+        call = call.func
+    if inspect.ismethod(call):
+        return call.__func__
+    if not inspect.isroutine(call) and not inspect.isclass(call):
+        return getattr(type(call), "__call__", call)
+    return call
+
+
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise ConfigError(
+            f"The annotations of {_name(function)} cannot be resolved: {error}. They tell how values are decoded, so "
+            f"what they name must be importable at run time, not only under TYPE_CHECKING."
+        ) from error
+    except TypeError:  # builtins and the like, which have none
+        return {}
+
+
+def _result_of(hint: Any, *, generator: bool = False) -> Any:
+    """The type of the value in the end: of ``Awaitable[T]`` it is T."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in {Awaitable, Coroutine} and args:
+        return _result_of(args[-1])
+    if generator and origin is Generator and len(args) == 3:  # noqa: PLR2004 - yield, send, return
+        return _result_of(args[2])
+    if generator and (origin is AsyncGenerator or hint in {AsyncGenerator, Generator}):
+        for part in typing.get_args(args[0]) or args[:1]:
+            if typing.get_origin(part) is Result:
+                return _result_of(typing.get_args(part)[0])
+        return None
+    if hint is Any or isinstance(hint, TypeVar):
+        return None
+    return hint
+
+
+def _name(thing: Any) -> str:
+    name: str = getattr(thing, "__qualname__", None) or str(thing)
+    return name

@@ -1,0 +1,163 @@
+"""The one writer of an attempt's journal: heartbeats by task token, in order, each awaited.
+
+``activity.heartbeat()`` is never called. The SDK's core would remember its details and send them late, over a journal
+that was acknowledged meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from temporalio.api.common.v1 import Payloads
+from temporalio.api.failure.v1 import Failure
+from temporalio.api.workflowservice.v1 import (
+    RecordActivityTaskHeartbeatRequest,
+    RecordActivityTaskHeartbeatResponse,
+    RespondActivityTaskCompletedRequest,
+    RespondActivityTaskFailedRequest,
+)
+from temporalio.service import RPCError, RPCStatusCode
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from temporalio.api.common.v1 import Payload
+    from temporalio.client import Client
+
+    from temporal_async_task.engine.journal import Snapshot
+
+logger = logging.getLogger("temporal_async_task")
+T = TypeVar("T")
+
+_RPC_TIMEOUT = timedelta(seconds=5)
+_RETRY_DELAYS = (0.1, 0.2, 0.5, 1.0)
+_FINAL = {RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS, RPCStatusCode.FAILED_PRECONDITION}
+
+
+class AttemptGoneError(Exception):
+    """The server knows this attempt no more: it was superseded, or its run has ended."""
+
+
+class Listener(Protocol):
+    """What the writer tells of the server's answers."""
+
+    def superseded(self) -> None: ...
+
+    def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None: ...
+
+
+class JournalWriter:
+    """Writes for one attempt, on the event loop of the SDK."""
+
+    def __init__(
+        self,
+        client: Client,
+        task_token: bytes,
+        encode: Callable[[Snapshot], Awaitable[Sequence[Payload]]],
+        interval: float,
+        listener: Listener,
+    ) -> None:
+        self._client = client
+        self._token = task_token
+        self._encode = encode
+        self._interval = interval
+        self._listener = listener
+        self._newest: Snapshot | None = None
+        self._waiters: list[concurrent.futures.Future[None]] = []
+        self._wake = asyncio.Event()
+        self._last: Sequence[Payload] = ()
+
+    def submit(self, snapshot: Snapshot, written: concurrent.futures.Future[None] | None = None) -> None:
+        """Write this snapshot next. One that comes while a write is under way goes with the next one."""
+        self._newest = snapshot
+        if written is not None:
+            self._waiters.append(written)
+        self._wake.set()
+
+    async def run(self, resume_with: Sequence[Payload]) -> None:
+        """Write what is submitted, and in between the last again, to show that the attempt is alive."""
+        self._last = resume_with
+        try:
+            while True:
+                try:
+                    await asyncio.wait_for(self._wake.wait(), self._interval)
+                except TimeoutError:
+                    pass
+                await self._write()
+        except AttemptGoneError:
+            self._listener.superseded()
+
+    async def _write(self) -> None:
+        self._wake.clear()
+        snapshot, self._newest = self._newest, None
+        waiters, self._waiters = self._waiters, []
+        if snapshot is not None:
+            self._last = await self._encode(snapshot)
+        details = Payloads(payloads=self._last) if self._last else None
+        request = RecordActivityTaskHeartbeatRequest(
+            task_token=self._token,
+            namespace=self._client.namespace,
+            identity=self._client.identity,
+            details=details,
+        )
+        service = self._client.workflow_service
+        answer = await insist(
+            lambda: service.record_activity_task_heartbeat(request, timeout=_RPC_TIMEOUT), "save the journal"
+        )
+        for waiter in waiters:
+            waiter.set_result(None)
+        if answer.cancel_requested or answer.activity_paused or answer.activity_reset:
+            self._listener.flagged(answer)
+
+
+async def complete(client: Client, task_token: bytes, result: Payload) -> None:
+    """End the attempt, and its activity, with a result."""
+    request = RespondActivityTaskCompletedRequest(
+        task_token=task_token,
+        namespace=client.namespace,
+        identity=client.identity,
+        result=Payloads(payloads=[result]),
+    )
+    service = client.workflow_service
+    await insist(
+        lambda: service.respond_activity_task_completed(request, timeout=_RPC_TIMEOUT), "report the result"
+    )
+
+
+async def fail(client: Client, task_token: bytes, failure: Failure, journal: Sequence[Payload]) -> None:
+    """End the attempt with a failure, which says whether and when there is another."""
+    request = RespondActivityTaskFailedRequest(
+        task_token=task_token,
+        namespace=client.namespace,
+        identity=client.identity,
+        failure=failure,
+        last_heartbeat_details=Payloads(payloads=journal) if journal else None,
+    )
+    service = client.workflow_service
+    await insist(lambda: service.respond_activity_task_failed(request, timeout=_RPC_TIMEOUT), "end the attempt")
+
+
+async def insist(call: Callable[[], Awaitable[T]], what: str) -> T:
+    """Repeat a call until the server answers.
+
+    The client's own retries give up after about 10 s, and a finished call's result would be lost with them.
+
+    Raises:
+        AttemptGoneError: The server answers that it does not know the attempt.
+    """
+    failures = 0
+    while True:
+        try:
+            return await call()
+        except RPCError as error:
+            if error.status in _FINAL:
+                raise AttemptGoneError(str(error)) from error
+            delay = _RETRY_DELAYS[min(failures, len(_RETRY_DELAYS) - 1)]
+            if failures % 10 == 0:
+                logger.warning("Cannot %s (%s: %s); trying again", what, error.status.name, error)
+            failures += 1
+            await asyncio.sleep(delay)

@@ -1,0 +1,432 @@
+"""What an application holds: a function made durable."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.backend import TaskAddress, WorkflowBackend
+from temporal_async_task.engine.local import run_here
+from temporal_async_task.engine.values import signature_types
+from temporal_async_task.errors import (
+    ConfigError,
+    NotConnectedError,
+    ParamsError,
+    TaskCancelledError,
+    TaskFailedError,
+)
+from temporal_async_task.retry import RetryPolicy
+from temporal_async_task.status import TaskResult, TaskStatus
+from temporal_async_task.steps import Result, Step, check_text, seconds
+
+if TYPE_CHECKING:
+    from temporalio.client import Client
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+Execution = Literal["workflow", "activity"]
+
+DEFAULT_TASK_QUEUE = "async-tasks"
+
+_STATUS_QUERIES = {
+    TaskStatus.COMPLETED: "ExecutionStatus = 'Completed'",
+    TaskStatus.FAILED: "ExecutionStatus IN ('Failed', 'Canceled', 'Terminated', 'TimedOut')",
+    TaskStatus.PENDING: "ExecutionStatus = 'Running'",
+    TaskStatus.PROCESSING: "ExecutionStatus = 'Running'",
+}
+
+
+class TemporalAsyncTask(Generic[P, R]):
+    """A function made durable: submitted from anywhere, run by workers, asked about by its id.
+
+    Args:
+        name: Unique in the application; workers find the task by it.
+        task: The function, of one parameter (the params) or none. ``async def`` or ``def``, or a generator of ``Step``.
+        task_queue: Which workers run it.
+        retry_policy: How failed calls are repeated; of a step, unless it has a policy of its own.
+        step_timeout: Seconds (or a ``timedelta``) that one call may take.
+        timeout: Seconds (or a ``timedelta``) that the run as a whole may take, waits and backoffs included. None: any.
+        heartbeat_timeout: Seconds after which a run whose worker is silent is given to another.
+        execution: How Temporal carries it. ``"workflow"`` works with every server.
+
+    Raises:
+        ConfigError: A value that makes no sense, or a function that cannot be a task.
+        InvalidKeyError: The name, or the task queue's, cannot be one.
+    """
+
+    @overload
+    def __init__(
+        self,
+        name: str,
+        task: Callable[[P], Awaitable[R]]
+        | Callable[[P], Generator[Step, Any, R]]
+        | Callable[[P], AsyncGenerator[Step | Result[R], Any]],
+        *,
+        task_queue: str = ...,
+        retry_policy: RetryPolicy | None = ...,
+        step_timeout: float | timedelta = ...,
+        timeout: float | timedelta | None = ...,
+        heartbeat_timeout: float | timedelta = ...,
+        execution: Execution = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: TemporalAsyncTask[None, R],
+        name: str,
+        task: Callable[[], Awaitable[R]]
+        | Callable[[], Generator[Step, Any, R]]
+        | Callable[[], AsyncGenerator[Step | Result[R], Any]],
+        *,
+        task_queue: str = ...,
+        retry_policy: RetryPolicy | None = ...,
+        step_timeout: float | timedelta = ...,
+        timeout: float | timedelta | None = ...,
+        heartbeat_timeout: float | timedelta = ...,
+        execution: Execution = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        name: str,
+        task: Callable[[P], R],
+        *,
+        task_queue: str = ...,
+        retry_policy: RetryPolicy | None = ...,
+        step_timeout: float | timedelta = ...,
+        timeout: float | timedelta | None = ...,
+        heartbeat_timeout: float | timedelta = ...,
+        execution: Execution = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: TemporalAsyncTask[None, R],
+        name: str,
+        task: Callable[[], R],
+        *,
+        task_queue: str = ...,
+        retry_policy: RetryPolicy | None = ...,
+        step_timeout: float | timedelta = ...,
+        timeout: float | timedelta | None = ...,
+        heartbeat_timeout: float | timedelta = ...,
+        execution: Execution = ...,
+    ) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        task: Callable[..., Any],
+        *,
+        task_queue: str = DEFAULT_TASK_QUEUE,
+        retry_policy: RetryPolicy | None = None,
+        step_timeout: float | timedelta = 1800.0,
+        timeout: float | timedelta | None = None,
+        heartbeat_timeout: float | timedelta = 15.0,
+        execution: Execution = "workflow",
+    ) -> None:
+        if not callable(task):
+            raise ConfigError(f"The task {name!r} needs a function, not {type(task).__name__}.")
+        if execution != "workflow":
+            raise ConfigError(f"execution={execution!r} is not available; use 'workflow'.")
+        self.name = check_text(name, "A task's name")
+        self.task_queue = check_text(task_queue, f"The task queue of task {name!r}")
+        self.workflow_type = check_text(
+            wire.WORKFLOW_PREFIX + name, f"The workflow type of task {name!r}"
+        )
+        self.function = task
+        self.retry_policy = RetryPolicy() if retry_policy is None else retry_policy
+        self.step_timeout = _positive(step_timeout, "step_timeout", name)
+        self.timeout = None if timeout is None else _positive(timeout, "timeout", name)
+        self.heartbeat_timeout = _positive(heartbeat_timeout, "heartbeat_timeout", name)
+        self.execution = execution
+        self.takes_params, self.params_type, self.result_type = signature_types(task)
+        self._backend: WorkflowBackend | None = None
+        functools.update_wrapper(self, task, updated=())
+
+    @property
+    def task_function(self) -> Callable[..., Any]:
+        """The function as it was written."""
+        return self.function
+
+    @property
+    def is_multi_step(self) -> bool:
+        """Whether the function is a generator of steps. (A coroutine may call ``step()``, too.)"""
+        return inspect.isgeneratorfunction(self.function) or inspect.isasyncgenfunction(self.function)
+
+    def use_default_queue(self, task_queue: str) -> None:
+        """Take the component's task queue, unless the task names one of its own."""
+        if self.task_queue == DEFAULT_TASK_QUEUE:
+            self.task_queue = task_queue
+
+    def set_client(self, client: Client) -> None:
+        """Use this client to submit and to ask; the component does it for its tasks."""
+        self._backend = WorkflowBackend(client)
+
+    def __repr__(self) -> str:
+        return f"<TemporalAsyncTask {self.name!r} on task queue {self.task_queue!r}>"
+
+    # Running
+
+    @overload
+    async def __call__(self: TemporalAsyncTask[None, R], params: None = None) -> R: ...
+    @overload
+    async def __call__(self, params: P) -> R: ...
+    async def __call__(self, params: Any = None) -> Any:
+        """Run the body right here, with no server: for unit tests and scripts. Retries wait in place."""
+        return await run_here(self, params)
+
+    @overload
+    async def submit(
+        self: TemporalAsyncTask[None, R],
+        params: None = None,
+        *,
+        task_id: str | None = None,
+        delay: float | timedelta | None = None,
+    ) -> str: ...
+    @overload
+    async def submit(
+        self, params: P, *, task_id: str | None = None, delay: float | timedelta | None = None
+    ) -> str: ...
+    async def submit(
+        self, params: Any = None, *, task_id: str | None = None, delay: float | timedelta | None = None
+    ) -> str:
+        """Have the task run by a worker, and return at once. Once this has returned, the run is kept.
+
+        Args:
+            params: What the function is called with.
+            task_id: The run's id, unless a random one will do. The same id and params twice is one run, so a caller
+                that is not sure whether its submit went through submits again.
+            delay: Seconds (or a ``timedelta``) before the run begins.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            ParamsError: The params do not fit the function's annotation, or cannot be serialised.
+            PayloadTooLargeError: The params are larger than the server takes.
+            TaskConflictError: The id stands for a run with other params, or of another task.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The id cannot be one.
+        """
+        backend = self._connected()
+        if not self.takes_params and params is not None:
+            raise ParamsError(f"Task {self.name!r} takes no params; it was given {type(params).__name__}.")
+        if task_id is None:
+            task_id = str(uuid.uuid4())
+        check_text(task_id, "A task id")
+        wait = None if delay is None else timedelta(seconds=_not_negative(delay, "delay", self.name))
+        await backend.start(self._address, task_id, uuid.uuid4().hex, params, wait)
+        return task_id
+
+    async def get_status(self, task_id: str) -> TaskResult[R]:
+        """All that is known of a run, from the server alone: no worker need be up.
+
+        Raises:
+            TaskNotFoundError: No run of this task has the id.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+        """
+        return await self._connected().status(self._address, _known_text(task_id, self.name))
+
+    async def result(self, task_id: str, *, timeout: float | timedelta | None = None) -> R:
+        """Wait for the end of a run, and return its result.
+
+        Args:
+            task_id: The run's id.
+            timeout: Seconds (or a ``timedelta``) to wait. The run itself goes on after it.
+
+        Raises:
+            TaskFailedError: The run failed.
+            TaskCancelledError: The run was cancelled.
+            TimeoutError: It has not ended in time.
+            TaskNotFoundError: No run of this task has the id.
+        """
+        backend = self._connected()
+        limit = None if timeout is None else _not_negative(timeout, "timeout", self.name)
+        try:
+            async with asyncio.timeout(limit):
+                ended = await backend.wait(self._address, _known_text(task_id, self.name))
+        except TimeoutError:
+            raise TimeoutError(
+                f"Run {task_id!r} of task {self.name!r} has not ended within {limit} s; it goes on."
+            ) from None
+        if ended.status is TaskStatus.COMPLETED:
+            return ended.result  # type: ignore[return-value]  # None is a result where R says so
+        kind = TaskCancelledError if ended.error_type == wire.CANCELLED else TaskFailedError
+        raise kind(task_id, ended.error_type or "Error", ended.error or "")
+
+    @overload
+    async def run(
+        self: TemporalAsyncTask[None, R],
+        params: None = None,
+        *,
+        task_id: str | None = None,
+        delay: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
+    ) -> R: ...
+    @overload
+    async def run(
+        self,
+        params: P,
+        *,
+        task_id: str | None = None,
+        delay: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
+    ) -> R: ...
+    async def run(
+        self,
+        params: Any = None,
+        *,
+        task_id: str | None = None,
+        delay: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
+    ) -> Any:
+        """Submit, and wait for the result. Arguments and errors are those of ``submit`` and ``result``."""
+        task_id = await self.submit(params, task_id=task_id, delay=delay)  # type: ignore[misc]
+        return await self.result(task_id, timeout=timeout)
+
+    async def list(
+        self, *, status: TaskStatus | str | None = None, limit: int | None = 100
+    ) -> AsyncIterator[TaskResult[R]]:
+        """The task's runs, newest first, as the server's visibility store has them (some moments behind).
+
+        Args:
+            status: Only runs with this status.
+            limit: At most so many; None for all.
+        """
+        backend = self._connected()
+        wanted = None if status is None else TaskStatus(status)
+        query = "" if wanted is None else _STATUS_QUERIES[wanted]
+        found = 0
+        async for task_id in backend.ids(self._address, query):
+            run = await self.get_status(task_id)
+            if wanted is None or run.status is wanted:
+                yield run
+                found += 1
+                if limit is not None and found >= limit:
+                    return
+
+    def _connected(self) -> WorkflowBackend:
+        if self._backend is None:
+            raise NotConnectedError(
+                f"Task {self.name!r} has no connection to a Temporal server. Register it with an AsyncTaskComponent and "
+                f"await component.connect() or component.start() first."
+            )
+        return self._backend
+
+    @property
+    def _address(self) -> TaskAddress:
+        return TaskAddress(
+            name=self.name,
+            workflow_type=self.workflow_type,
+            task_queue=self.task_queue,
+            params_type=self.params_type,
+            result_type=self.result_type,
+            heartbeat_timeout=self.heartbeat_timeout,
+            timeout=self.timeout,
+        )
+
+
+class _TaskDecorator:
+    """``@async_task(...)``: the function follows."""
+
+    def __init__(self, name: str | None, options: dict[str, Any]) -> None:
+        self._name = name
+        self._options = options
+
+    @overload
+    def __call__(self, function: Callable[[P], Awaitable[R]], /) -> TemporalAsyncTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[[P], Generator[Step, Any, R]], /) -> TemporalAsyncTask[P, R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[P], AsyncGenerator[Step | Result[R], Any]], /
+    ) -> TemporalAsyncTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[[], Awaitable[R]], /) -> TemporalAsyncTask[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[], Generator[Step, Any, R]], /) -> TemporalAsyncTask[None, R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[], AsyncGenerator[Step | Result[R], Any]], /
+    ) -> TemporalAsyncTask[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[P], R], /) -> TemporalAsyncTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[[], R], /) -> TemporalAsyncTask[None, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> TemporalAsyncTask[Any, Any]:
+        name = self._name or getattr(function, "__name__", type(function).__name__)
+        return TemporalAsyncTask(name, function, **self._options)
+
+
+@overload
+def async_task(function: Callable[[P], Awaitable[R]], /) -> TemporalAsyncTask[P, R]: ...
+@overload
+def async_task(function: Callable[[P], Generator[Step, Any, R]], /) -> TemporalAsyncTask[P, R]: ...
+@overload
+def async_task(
+    function: Callable[[P], AsyncGenerator[Step | Result[R], Any]], /
+) -> TemporalAsyncTask[P, R]: ...
+@overload
+def async_task(function: Callable[[], Awaitable[R]], /) -> TemporalAsyncTask[None, R]: ...
+@overload
+def async_task(function: Callable[[], Generator[Step, Any, R]], /) -> TemporalAsyncTask[None, R]: ...
+@overload
+def async_task(
+    function: Callable[[], AsyncGenerator[Step | Result[R], Any]], /
+) -> TemporalAsyncTask[None, R]: ...
+@overload
+def async_task(function: Callable[[P], R], /) -> TemporalAsyncTask[P, R]: ...
+@overload
+def async_task(function: Callable[[], R], /) -> TemporalAsyncTask[None, R]: ...
+@overload
+def async_task(
+    *,
+    name: str | None = ...,
+    task_queue: str = ...,
+    retry_policy: RetryPolicy | None = ...,
+    step_timeout: float | timedelta = ...,
+    timeout: float | timedelta | None = ...,
+    heartbeat_timeout: float | timedelta = ...,
+    execution: Execution = ...,
+) -> _TaskDecorator: ...
+def async_task(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **options: Any) -> Any:
+    """Make a function durable: ``@async_task``, or ``@async_task(name=..., retry_policy=..., ...)``.
+
+    The keywords are ``TemporalAsyncTask``'s; the name is the function's unless given.
+    """
+    decorator = _TaskDecorator(name, options)
+    return decorator if function is None else decorator(function)
+
+
+def _positive(value: float | timedelta, what: str, name: str) -> float:
+    length = _duration(value, what, name)
+    if not 0 < length < float("inf"):
+        raise ConfigError(f"{what} of task {name!r} must be over 0 seconds, not {value!r}.")
+    return length
+
+
+def _not_negative(value: float | timedelta, what: str, name: str) -> float:
+    length = _duration(value, what, name)
+    if not 0 <= length < float("inf"):
+        raise ConfigError(f"{what} of task {name!r} must be 0 seconds or more, not {value!r}.")
+    return length
+
+
+def _duration(value: float | timedelta, what: str, name: str) -> float:
+    try:
+        return seconds(value)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{what} of task {name!r} must be seconds or a timedelta, not {value!r}."
+        ) from None
+
+
+def _known_text(task_id: str, name: str) -> str:
+    return check_text(task_id, f"The id of a run of task {name!r}")
