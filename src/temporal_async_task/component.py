@@ -28,7 +28,7 @@ from temporal_async_task.errors import ConfigError, NotConnectedError, ServerUna
 from temporal_async_task.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from temporal_async_task.task import TemporalAsyncTask
 
@@ -150,31 +150,30 @@ class AsyncTaskComponent:
         Raises:
             Exception: What brought a worker down, if it was not a signal.
         """
-        await self.start()
-        assert self._workers is not None  # noqa: S101 - start() has made it
-        stopping = asyncio.Event()
-        hurry = asyncio.Event()
+        stopping, hurry = asyncio.Event(), asyncio.Event()
 
         def on_signal() -> None:
             (hurry if stopping.is_set() else stopping).set()
 
         with _signals(on_signal):
+            await self.start()
+            workers = self._workers
+            if workers is None:  # stopped meanwhile
+                return
             asked = asyncio.create_task(stopping.wait())
-            failed = asyncio.create_task(self._workers.wait())
+            ended = asyncio.create_task(workers.wait())
+            hurried = asyncio.create_task(hurry.wait())
             try:
-                await asyncio.wait((asked, failed), return_when=asyncio.FIRST_COMPLETED)
-                hurried = asyncio.create_task(hurry.wait())
+                await asyncio.wait((asked, ended), return_when=asyncio.FIRST_COMPLETED)
                 stop = asyncio.create_task(self.stop())
                 await asyncio.wait((stop, hurried), return_when=asyncio.FIRST_COMPLETED)
-                if not stop.done() and self._workers is not None:
-                    self._workers.interrupt()
+                workers.interrupt()
                 await stop
-                hurried.cancel()
-                if failed.done():
-                    failed.result()
+                if ended.done():
+                    ended.result()
             finally:
-                asked.cancel()
-                failed.cancel()
+                for task in (asked, ended, hurried):
+                    task.cancel()
 
     async def stop(self) -> None:
         """Stop: begin no new step, let those in flight finish within the grace period, give the rest back.
@@ -273,10 +272,10 @@ def _slots(config: AsyncTaskComponentConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _signals(on_signal: Any) -> Any:
+def _signals(on_signal: Callable[[], None]) -> Generator[None]:
     """Call ``on_signal`` for SIGINT and SIGTERM; Python's SDK installs no handlers of its own."""
     loop = asyncio.get_running_loop()
-    installed: list[int] = []
+    installed: list[signal.Signals] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             loop.add_signal_handler(number, on_signal)

@@ -1,7 +1,7 @@
 """Where the server is and how many tasks a worker takes: from arguments, the environment, then files.
 
-``temporalio.envconfig`` reads Temporal's own variables and TOML profiles; this module adds the task queue and the
-application's ``config/deploy.*.json``.
+``temporalio.envconfig`` reads Temporal's own variables and TOML profiles; this module adds the task queue and
+the application's ``config/deploy.*.json``.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ class AsyncTaskComponentConfig:
 
         A deploy file (``config/deploy.*.json``) is read only where ``file`` or the variable
         ``ASYNC_TASK_CONFIG`` names it; none is looked for. Its block ``components.asyncTask`` may give
-        ``maxConcurrentTasks``, ``targetCpu``, ``targetMemory`` and ``gracefulShutdownTimeout`` (seconds), and,
-        under ``middlewareDependencies.temporal``, ``endpoint``, ``config.namespace`` and ``config.taskQueue``.
-        Next to a deploy file, the TOML file in the default place is read only if a profile is named, so that
-        a developer's own credentials do not go to the deploy file's server.
+        ``maxConcurrentTasks``, ``targetCpu``, ``targetMemory`` and ``gracefulShutdownTimeout`` (seconds);
+        ``middlewareDependencies.temporal`` in it may give ``endpoint``, ``config.namespace`` and
+        ``config.taskQueue``. Next to a deploy file, the TOML file in the default place is read only if a
+        profile is named, so that a developer's own credentials do not go to the deploy file's server.
 
         Args:
             file: The deploy file.
@@ -121,9 +121,7 @@ class AsyncTaskComponentConfig:
         deploy_file = file or variables.get("ASYNC_TASK_CONFIG")
         from_deploy = _deploy_settings(Path(deploy_file)) if deploy_file else {}
         from_profile, from_env = _temporal_settings(profile, variables, use_default_file=not deploy_file)
-        arguments: _Settings = {
-            name: (value, "argument") for name, value in overrides.items() if value is not None
-        }
+        arguments: _Settings = {name: (value, "argument") for name, value in overrides.items() if value is not None}
         settings = from_profile | from_deploy | from_env | arguments  # the last one wins
         values: dict[str, Any] = {}
         for name, (value, source) in settings.items():
@@ -162,8 +160,8 @@ _TEMPORAL_FIELDS = {
 
 def _variables(env: Mapping[str, str]) -> dict[str, str]:
     """The variables that matter here, without the empty ones."""
-    # To envconfig an empty value is a value; in a compose file it is a variable that nobody has set. It stays for
-    # headers, where it takes away the profile's.
+    # To envconfig an empty value is a value; in a compose file it is a variable that nobody has set. It stays
+    # for headers, where it takes away the profile's.
     return {
         name: value
         for name, value in env.items()
@@ -196,9 +194,7 @@ def _temporal_settings(
                 f"{', '.join(map(repr, sorted(profiles))) or 'none'}. Name another profile, or another file "
                 "with TEMPORAL_CONFIG_FILE."
             )
-        merged = ClientConfigProfile.load(
-            profile, config_source=toml, disable_file=not profiles, override_env_vars=env
-        )
+        merged = ClientConfigProfile.load(profile, config_source=toml, disable_file=not profiles, override_env_vars=env)
         alone = ClientConfigProfile.load(disable_file=True, override_env_vars=env)
     except (RuntimeError, UnicodeError) as exc:
         # Not "from exc": envconfig quotes the line in question, and the API key with it.
@@ -227,7 +223,7 @@ def _toml_problem(message: str, path: str) -> str:
     reason = message.strip().splitlines()[-1]
     if not reason.startswith("unknown field"):
         _, known, expected = reason.rpartition(", expected ")
-        reason = f"expected {expected}" if known else "not valid TOML"
+        reason = f"expected {re.sub(r'struct [A-Za-z]+', 'a table', expected)}" if known else "not valid TOML"
     return f"{path}, {place[1]}: {reason}."
 
 
@@ -347,9 +343,8 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _is_duration(value: Any) -> bool:
-    if not isinstance(value, timedelta) and not _is_number(value):
-        return False
-    return 0 < seconds(value) <= timedelta.max.total_seconds()
+    number = value.total_seconds() if isinstance(value, timedelta) else value
+    return _is_number(number) and 0 < number <= timedelta.max.total_seconds()
 
 
 def _is_converter(value: object) -> bool:
@@ -396,7 +391,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_converter": (_is_converter, "a temporalio.converter.DataConverter"),
     "tls": (
         _is_tls,
-        "True, False, or a TLSConfig of temporalio.service (client_cert and client_private_key: both or none)",
+        "True, False, or a temporalio.service.TLSConfig (client_cert and client_private_key: both or none)",
     ),
     "api_key": (_is_api_key, "the key as one line of ASCII without spaces"),
     "rpc_metadata": (_is_metadata, "a mapping of header names to values, both of printable ASCII"),
@@ -410,5 +405,5 @@ def _check(name: str, value: Any, source: str = "") -> None:
     is_usable, wanted = _RULES[name]
     if is_usable(value) or (value is None and name in _OPTIONAL):
         return
-    shown = "not usable (and not shown)" if name in _SECRET else f"{value!r:.100}"
+    shown = "not usable, and not shown" if name in _SECRET else f"{value!r:.100}"
     raise ConfigError(f"{name} is {shown}{f' ({source})' if source else ''}. Give {wanted}.")

@@ -121,7 +121,7 @@ class StepUsageError(AsyncTaskError):
 
 
 class DuplicateStepError(StepUsageError):
-    """The same key was asked for twice in one run. Steps are found by key: make it unique, as in ``f"page-{n}"``."""
+    """The same key was asked for twice in one run. Steps are found by key: number them, as in ``f"page-{n}"``."""
 
 
 class StepFailedError(AsyncTaskError):
@@ -148,7 +148,7 @@ class StepFailedError(AsyncTaskError):
 
 
 class WorkerLostError(StepFailedError):
-    """The step's worker was lost with it too many times in a row. Look for what kills the process: memory, a segfault."""
+    """The step's worker was lost with it too many times. Look for what kills the process: memory, a segfault."""
 
 
 class StepOutcomeUnknownError(StepFailedError):

@@ -22,6 +22,7 @@ LONGEST_RETRY_AFTER = timedelta(days=1).total_seconds()
 # "package.Class", for the class itself or any class that it derives from.
 _HOPELESS = frozenset({
     "aiohttp.InvalidURL", "aiohttp.NonHttpUrlClientError", "aiohttp.ServerFingerprintMismatch",
+    "aiohttp.TooManyRedirects",
     "http.InvalidURL",
     "httpx.CookieConflict", "httpx.InvalidURL", "httpx.LocalProtocolError", "httpx.StreamError",
     "httpx.TooManyRedirects", "httpx.UnsupportedProtocol",

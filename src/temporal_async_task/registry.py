@@ -28,6 +28,9 @@ class TaskDefinition(Protocol):
     def params_type(self) -> Any: ...
 
     @property
+    def result_type(self) -> Any: ...
+
+    @property
     def retry_policy(self) -> RetryPolicy: ...
 
     @property

@@ -307,9 +307,7 @@ def _seconds_or_none(value: object) -> float | None:
 def _checked_delay(field: str, value: object) -> float:
     seconds = _seconds_or_none(value)
     if seconds is None:
-        raise ConfigError(
-            f"{field} is {value!r}. Give a delay from 0 to 365 days, in seconds or as a timedelta."
-        )
+        raise ConfigError(f"{field} is {value!r}. Give a delay from 0 to 365 days, in seconds or as a timedelta.")
     return seconds
 
 

@@ -137,9 +137,7 @@ class StepFunction:
         self._options = options
 
     @overload
-    async def __call__(
-        self, key: str, call: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
+    async def __call__(self, key: str, call: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     @overload
     async def __call__(self, key: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     async def __call__(self, key: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ import inspect
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.backend import TaskAddress, WorkflowBackend
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P")
 R = TypeVar("R")
+S = TypeVar("S")
 
 Execution = Literal["workflow", "activity"]
 
@@ -41,6 +42,17 @@ _STATUS_QUERIES = {
     TaskStatus.PENDING: "ExecutionStatus = 'Running'",
     TaskStatus.PROCESSING: "ExecutionStatus = 'Running'",
 }
+
+
+class TaskOptions(TypedDict, total=False):
+    """The keywords of ``TemporalAsyncTask``."""
+
+    task_queue: str
+    retry_policy: RetryPolicy | None
+    step_timeout: float | timedelta
+    timeout: float | timedelta | None
+    heartbeat_timeout: float | timedelta
+    execution: Execution
 
 
 class TemporalAsyncTask(Generic[P, R]):
@@ -62,60 +74,38 @@ class TemporalAsyncTask(Generic[P, R]):
     """
 
     @overload
+    def __init__(self, name: str, task: Callable[[P], Awaitable[R]], **options: Unpack[TaskOptions]) -> None: ...
+    @overload
     def __init__(
-        self,
-        name: str,
-        task: Callable[[P], Awaitable[R]]
-        | Callable[[P], Generator[Step, Any, R]]
-        | Callable[[P], AsyncGenerator[Step | Result[R], Any]],
-        *,
-        task_queue: str = ...,
-        retry_policy: RetryPolicy | None = ...,
-        step_timeout: float | timedelta = ...,
-        timeout: float | timedelta | None = ...,
-        heartbeat_timeout: float | timedelta = ...,
-        execution: Execution = ...,
+        self, name: str, task: Callable[[P], Generator[Step, Any, R]], **options: Unpack[TaskOptions]
     ) -> None: ...
     @overload
     def __init__(
-        self: TemporalAsyncTask[None, R],
-        name: str,
-        task: Callable[[], Awaitable[R]]
-        | Callable[[], Generator[Step, Any, R]]
-        | Callable[[], AsyncGenerator[Step | Result[R], Any]],
-        *,
-        task_queue: str = ...,
-        retry_policy: RetryPolicy | None = ...,
-        step_timeout: float | timedelta = ...,
-        timeout: float | timedelta | None = ...,
-        heartbeat_timeout: float | timedelta = ...,
-        execution: Execution = ...,
+        self, name: str, task: Callable[[P], AsyncGenerator[Step | Result[R], Any]], **options: Unpack[TaskOptions]
     ) -> None: ...
     @overload
     def __init__(
-        self,
-        name: str,
-        task: Callable[[P], R],
-        *,
-        task_queue: str = ...,
-        retry_policy: RetryPolicy | None = ...,
-        step_timeout: float | timedelta = ...,
-        timeout: float | timedelta | None = ...,
-        heartbeat_timeout: float | timedelta = ...,
-        execution: Execution = ...,
+        self: TemporalAsyncTask[None, S], name: str, task: Callable[[], Awaitable[S]], **options: Unpack[TaskOptions]
     ) -> None: ...
     @overload
     def __init__(
-        self: TemporalAsyncTask[None, R],
+        self: TemporalAsyncTask[None, S],
         name: str,
-        task: Callable[[], R],
-        *,
-        task_queue: str = ...,
-        retry_policy: RetryPolicy | None = ...,
-        step_timeout: float | timedelta = ...,
-        timeout: float | timedelta | None = ...,
-        heartbeat_timeout: float | timedelta = ...,
-        execution: Execution = ...,
+        task: Callable[[], Generator[Step, Any, S]],
+        **options: Unpack[TaskOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: TemporalAsyncTask[None, S],
+        name: str,
+        task: Callable[[], AsyncGenerator[Step | Result[S], Any]],
+        **options: Unpack[TaskOptions],
+    ) -> None: ...
+    @overload
+    def __init__(self, name: str, task: Callable[[P], R], **options: Unpack[TaskOptions]) -> None: ...
+    @overload
+    def __init__(
+        self: TemporalAsyncTask[None, S], name: str, task: Callable[[], S], **options: Unpack[TaskOptions]
     ) -> None: ...
     def __init__(
         self,
@@ -135,9 +125,7 @@ class TemporalAsyncTask(Generic[P, R]):
             raise ConfigError(f"execution={execution!r} is not available; use 'workflow'.")
         self.name = check_text(name, "A task's name")
         self.task_queue = check_text(task_queue, f"The task queue of task {name!r}")
-        self.workflow_type = check_text(
-            wire.WORKFLOW_PREFIX + name, f"The workflow type of task {name!r}"
-        )
+        self.workflow_type = check_text(wire.WORKFLOW_PREFIX + name, f"The workflow type of task {name!r}")
         self.function = task
         self.retry_policy = RetryPolicy() if retry_policy is None else retry_policy
         self.step_timeout = _positive(step_timeout, "step_timeout", name)
@@ -155,7 +143,7 @@ class TemporalAsyncTask(Generic[P, R]):
 
     @property
     def is_multi_step(self) -> bool:
-        """Whether the function is a generator of steps. (A coroutine may call ``step()``, too.)"""
+        """Whether the function is a generator of steps. A coroutine may call ``step()``, too."""
         return inspect.isgeneratorfunction(self.function) or inspect.isasyncgenfunction(self.function)
 
     def use_default_queue(self, task_queue: str) -> None:
@@ -173,25 +161,23 @@ class TemporalAsyncTask(Generic[P, R]):
     # Running
 
     @overload
-    async def __call__(self: TemporalAsyncTask[None, R], params: None = None) -> R: ...
+    async def __call__(self: TemporalAsyncTask[None, S], params: None = None) -> S: ...
     @overload
     async def __call__(self, params: P) -> R: ...
     async def __call__(self, params: Any = None) -> Any:
-        """Run the body right here, with no server: for unit tests and scripts. Retries wait in place."""
+        """Run the body right here, with no server, for unit tests and scripts. Retries wait in place."""
         return await run_here(self, params)
 
     @overload
     async def submit(
-        self: TemporalAsyncTask[None, R],
+        self: TemporalAsyncTask[None, S],
         params: None = None,
         *,
         task_id: str | None = None,
         delay: float | timedelta | None = None,
     ) -> str: ...
     @overload
-    async def submit(
-        self, params: P, *, task_id: str | None = None, delay: float | timedelta | None = None
-    ) -> str: ...
+    async def submit(self, params: P, *, task_id: str | None = None, delay: float | timedelta | None = None) -> str: ...
     async def submit(
         self, params: Any = None, *, task_id: str | None = None, delay: float | timedelta | None = None
     ) -> str:
@@ -263,13 +249,13 @@ class TemporalAsyncTask(Generic[P, R]):
 
     @overload
     async def run(
-        self: TemporalAsyncTask[None, R],
+        self: TemporalAsyncTask[None, S],
         params: None = None,
         *,
         task_id: str | None = None,
         delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
-    ) -> R: ...
+    ) -> S: ...
     @overload
     async def run(
         self,
@@ -288,7 +274,7 @@ class TemporalAsyncTask(Generic[P, R]):
         timeout: float | timedelta | None = None,
     ) -> Any:
         """Submit, and wait for the result. Arguments and errors are those of ``submit`` and ``result``."""
-        task_id = await self.submit(params, task_id=task_id, delay=delay)  # type: ignore[misc]
+        task_id = await self.submit(params, task_id=task_id, delay=delay)
         return await self.result(task_id, timeout=timeout)
 
     async def list(
@@ -315,8 +301,8 @@ class TemporalAsyncTask(Generic[P, R]):
     def _connected(self) -> WorkflowBackend:
         if self._backend is None:
             raise NotConnectedError(
-                f"Task {self.name!r} has no connection to a Temporal server. Register it with an AsyncTaskComponent and "
-                f"await component.connect() or component.start() first."
+                f"Task {self.name!r} has no connection to a Temporal server. Register it with an AsyncTaskComponent "
+                f"and await component.connect() or component.start() first."
             )
         return self._backend
 
@@ -361,7 +347,7 @@ class _TaskDecorator:
     @overload
     def __call__(self, function: Callable[[], R], /) -> TemporalAsyncTask[None, R]: ...
     def __call__(self, function: Callable[..., Any], /) -> TemporalAsyncTask[Any, Any]:
-        name = self._name or getattr(function, "__name__", type(function).__name__)
+        name = self._name or str(getattr(function, "__name__", type(function).__name__))
         return TemporalAsyncTask(name, function, **self._options)
 
 
@@ -370,17 +356,13 @@ def async_task(function: Callable[[P], Awaitable[R]], /) -> TemporalAsyncTask[P,
 @overload
 def async_task(function: Callable[[P], Generator[Step, Any, R]], /) -> TemporalAsyncTask[P, R]: ...
 @overload
-def async_task(
-    function: Callable[[P], AsyncGenerator[Step | Result[R], Any]], /
-) -> TemporalAsyncTask[P, R]: ...
+def async_task(function: Callable[[P], AsyncGenerator[Step | Result[R], Any]], /) -> TemporalAsyncTask[P, R]: ...
 @overload
 def async_task(function: Callable[[], Awaitable[R]], /) -> TemporalAsyncTask[None, R]: ...
 @overload
 def async_task(function: Callable[[], Generator[Step, Any, R]], /) -> TemporalAsyncTask[None, R]: ...
 @overload
-def async_task(
-    function: Callable[[], AsyncGenerator[Step | Result[R], Any]], /
-) -> TemporalAsyncTask[None, R]: ...
+def async_task(function: Callable[[], AsyncGenerator[Step | Result[R], Any]], /) -> TemporalAsyncTask[None, R]: ...
 @overload
 def async_task(function: Callable[[P], R], /) -> TemporalAsyncTask[P, R]: ...
 @overload
@@ -423,9 +405,7 @@ def _duration(value: float | timedelta, what: str, name: str) -> float:
     try:
         return seconds(value)
     except (TypeError, ValueError):
-        raise ConfigError(
-            f"{what} of task {name!r} must be seconds or a timedelta, not {value!r}."
-        ) from None
+        raise ConfigError(f"{what} of task {name!r} must be seconds or a timedelta, not {value!r}.") from None
 
 
 def _known_text(task_id: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import io
 import shutil
 import socket
 import ssl
@@ -266,6 +267,27 @@ async def test_a_vendor_s_own_error_is_judged_by_the_http_error_it_was_raised_fr
         return decide(error, EXACT, 1).reason
 
     assert [await reason(404), await reason(503)] == ["HTTP 404", "HTTP 503"]
+
+
+@pytest.mark.parametrize(("status", "retry"), [(404, False), (503, True)])
+def test_an_error_made_by_hand_without_headers_is_understood_too(status, retry):
+    errors = [
+        aiohttp.ClientResponseError(request_info=None, history=(), status=status),
+        urllib.error.HTTPError("http://example.com/", status, "made by hand", None, io.BytesIO()),
+        httpx.HTTPStatusError("", request=httpx.Request("GET", "/"), response=httpx.Response(status)),
+    ]
+    assert [decide(error, EXACT, 1) for error in errors] == [
+        RetryDecision(retry=retry, delay=float(retry), reason=f"HTTP {status}")
+    ] * 3
+    errors[1].close()
+
+
+async def test_a_good_status_with_a_body_that_is_not_json_is_retried(base):
+    async with aiohttp.ClientSession() as session, session.get(f"{base}/answer?status=200") as response:
+        with pytest.raises(aiohttp.ContentTypeError) as caught:
+            await response.json()
+    assert caught.value.status == 200
+    assert decide(caught.value, EXACT, 1).retry
 
 
 # The network ---------------------------------------------------------------------------------------------

@@ -66,11 +66,11 @@ class AttemptActivity:
         user_loop: UserLoop,
         threads: DaemonThreads,
     ) -> None:
-        self._registry = registry
-        self._client = client
-        self._converter = converter
-        self._user_loop = user_loop
-        self._threads = threads
+        self.registry = registry
+        self.client = client
+        self.converter = converter
+        self.user_loop = user_loop
+        self.threads = threads
         self._running: set[_Attempt] = set()
         self._draining = False
 
@@ -107,13 +107,13 @@ class _Attempt:
     def __init__(self, owner: AttemptActivity, info: activity.Info, args: Sequence[RawValue]) -> None:
         self._owner = owner
         self._info = info
-        self._client = owner._client
+        self._client = owner.client
         self._input = wire.AttemptInput.from_payload(args[0].payload)
         self._params = args[1].payload
         details = info.heartbeat_details or args[2:]
         self._details: list[Payload] = [value.payload for value in details]
         self.task_id = info.workflow_id or info.activity_id
-        self._values = PayloadValues(owner._converter, info.namespace, self.task_id)
+        self._values = PayloadValues(owner.converter, info.namespace, self.task_id)
         self._runner: Runner | None = None
         self._requests: list[Any] = []
         self._main_loop = asyncio.get_running_loop()
@@ -128,7 +128,7 @@ class _Attempt:
         if self._runner is None:
             self._requests.append(request)
         else:
-            self._owner._user_loop.call_soon(request, self._runner)
+            self._owner.user_loop.call_soon(request, self._runner)
 
     def superseded(self) -> None:
         self.tell(Runner.supersede)
@@ -154,7 +154,7 @@ class _Attempt:
     # The attempt
 
     async def carry(self) -> None:
-        task = self._owner._registry.find(self._info.activity_type)
+        task = self._owner.registry.find(self._info.activity_type)
         if task is None:
             logger.warning(
                 "Task %r is not registered on this worker (task queue %r); its run %s is left to another worker. "
@@ -198,7 +198,7 @@ class _Attempt:
             journal,
             self._values,
             self,
-            threads=self._owner._threads,
+            threads=self._owner.threads,
             return_type=return_type,
             cancelled=journal.cancel_reason is not None,
         )
@@ -208,7 +208,7 @@ class _Attempt:
         )
         writing = asyncio.create_task(self._writer.run(self._details))
         try:
-            running = self._owner._user_loop.run(runner.run(bind_body(task.function, tuple(args), runner)))
+            running = self._owner.user_loop.run(runner.run(bind_body(task.function, tuple(args), runner)))
             for request in self._requests:
                 self.tell(request)
             return await self._persist(asyncio.wrap_future(running))
@@ -325,5 +325,3 @@ def _truncate(failure: Failure) -> None:
         if not part.HasField("cause"):
             return
         part = part.cause
-
-

@@ -63,9 +63,7 @@ class WorkflowBackend:
     def _values(self, task_id: str) -> PayloadValues:
         return PayloadValues(self._converter, self._client.namespace, task_id)
 
-    async def start(
-        self, task: TaskAddress, task_id: str, origin: str, params: Any, delay: timedelta | None
-    ) -> None:
+    async def start(self, task: TaskAddress, task_id: str, origin: str, params: Any, delay: timedelta | None) -> None:
         """Start a run, or find that it was started before with the same params."""
         values = self._values(task_id)
         try:
@@ -104,8 +102,8 @@ class WorkflowBackend:
         known = await self._values(task_id).from_payload(memo) if memo is not None else None
         if known != fingerprint:
             raise TaskConflictError(
-                f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with one "
-                f"set of params: choose another id, or submit the same params."
+                f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with "
+                f"one set of params: choose another id, or submit the same params."
             )
 
     async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
@@ -145,7 +143,7 @@ class WorkflowBackend:
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
                 raise TaskNotFoundError(
-                    f"There is no task run {task_id!r}: it was never submitted, or the server's retention of it is over."
+                    f"There is no task run {task_id!r}: it was never submitted, or the server's retention is over."
                 ) from None
             raise translated(error, self._client) from error
 
@@ -157,9 +155,7 @@ class WorkflowBackend:
         values: PayloadValues,
     ) -> TaskResult[Any]:
         info = found.workflow_execution_info
-        handle = self._client.get_workflow_handle(
-            task_id, run_id=info.execution.run_id, result_type=RawValue
-        )
+        handle = self._client.get_workflow_handle(task_id, run_id=info.execution.run_id, result_type=RawValue)
         try:
             outcome: Payload | Failure = (await handle.result(follow_runs=False)).payload
         except WorkflowFailureError as error:
@@ -173,7 +169,9 @@ class WorkflowBackend:
 
 def raw_client(client: Client) -> Client:
     """The same connection, for payloads as they are. What is the user's is encoded by ``PayloadValues``."""
-    return Client(**{**client.config(), "data_converter": wire.RAW})
+    config = client.config()
+    config["data_converter"] = wire.RAW
+    return Client(**config)
 
 
 def translated(error: RPCError, client: Client) -> AsyncTaskError:

@@ -38,7 +38,7 @@ async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) ->
             if done:
                 return value
             if isinstance(value, Result):
-                return value.value
+                return value.value  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             try:
                 result = await runner.step(_step_of(value).spec)
             except (AsyncTaskError, asyncio.CancelledError) as error:
@@ -46,7 +46,7 @@ async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) ->
             else:
                 resume = functools.partial(generator.send, result)
     finally:
-        if not generator.gi_running:  # else it is in its thread, and out of reach
+        if not getattr(generator, "gi_running", False):  # else it is in its thread, and out of reach
             generator.close()
 
 
@@ -66,7 +66,7 @@ async def _run_async_generator(generator: AsyncGenerator[Any, Any], runner: Runn
             except StopAsyncIteration:
                 return None
             if isinstance(value, Result):
-                return value.value
+                return value.value  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             try:
                 result = await runner.step(_step_of(value).spec)
             except (AsyncTaskError, asyncio.CancelledError) as error:

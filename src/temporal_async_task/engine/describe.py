@@ -31,9 +31,7 @@ _ENDED_WITHOUT_CODE = {
 }
 
 
-async def running(
-    task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues
-) -> TaskResult[Any]:
+async def running(task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues) -> TaskResult[Any]:
     """A run that has not ended."""
     info = found.workflow_execution_info
     activity = next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)
@@ -50,9 +48,8 @@ async def running(
     if waiting and activity.HasField("next_attempt_schedule_time"):
         next_retry_at = _time(activity.next_attempt_schedule_time)
     last_error = _last_error(journal)
-    if last_error is None and activity.HasField("last_failure"):
-        if activity.last_failure.WhichOneof("failure_info") == "timeout_failure_info":
-            last_error = "WorkerLostError: the worker of the last attempt was lost"
+    if last_error is None and activity.last_failure.WhichOneof("failure_info") == "timeout_failure_info":
+        last_error = "WorkerLostError: the worker of the last attempt was lost"
     return _picture(
         task_id,
         TaskStatus.PROCESSING,
@@ -72,9 +69,7 @@ async def completed(
     header = result.metadata.get(wire.RESULT_JOURNAL)
     journal = await _journal([Payload.FromString(header)] if header else [], values)
     value = await values.from_payload(result, result_type)
-    return _picture(
-        task_id, TaskStatus.COMPLETED, info, journal, result=value, completed_at=_time(info.close_time)
-    )
+    return _picture(task_id, TaskStatus.COMPLETED, info, journal, result=value, completed_at=_time(info.close_time))
 
 
 async def failed(

@@ -105,9 +105,9 @@ class Journal:
     progress: tuple[float | None, str] | None = None
     cancel_reason: str | None = None
     """Set once a cancellation was delivered."""
-    _done: dict[str, StepRecord] = field(default_factory=dict)
-    _open: dict[str, StepRecord] = field(default_factory=dict)
-    _done_header: list[str] = field(default_factory=list)
+    _done: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
+    _open: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
+    _done_header: list[str] = field(default_factory=list[str])
     _done_bytes: int = 0
     _results: bytearray = field(default_factory=bytearray)
 
@@ -118,6 +118,10 @@ class Journal:
         """All steps, the finished ones first, in the order in which they finished."""
         yield from self._done.values()
         yield from self._open.values()
+
+    def done(self) -> list[StepRecord]:
+        """The finished steps, in the order in which they finished."""
+        return list(self._done.values())
 
     def get(self, key: str) -> StepRecord | None:
         return self._done.get(key) or self._open.get(key)
@@ -203,14 +207,14 @@ class Journal:
         """
         journal = cls.of_header(snapshot.header)
         at = 0
-        for record in list(journal._done.values()):
+        for record in journal.done():
             (length,) = _LENGTH.unpack_from(snapshot.results, at)
             at += _LENGTH.size
             record.result = snapshot.results[at : at + length]
             at += length
         if at != len(snapshot.results):
             raise ValueError("The journal's results do not fit its header")
-        journal._results += snapshot.results
+        journal._results += snapshot.results  # noqa: SLF001 - its own
         return journal
 
     @classmethod

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporal_async_task.engine.unwind import task_factory
@@ -27,6 +28,7 @@ logger = logging.getLogger("temporal_async_task")
 STALL_WARNING = 0.25
 """Seconds for which code may hold the event loop before it is reported."""
 _WATCH_INTERVAL = 0.1
+_NOT_USERS = tuple(str(Path(path).parent) for path in (__file__, asyncio.__file__))
 _numbers = itertools.count(1)
 T = TypeVar("T")
 
@@ -37,9 +39,7 @@ class UserLoop:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.set_task_factory(task_factory)  # type: ignore[arg-type]  # typeshed wants its own Protocol
-        self._thread = threading.Thread(
-            target=self._run, name=f"async-task-loop-{next(_numbers)}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name=f"async-task-loop-{next(_numbers)}", daemon=True)
         self._beat = time.monotonic()
         self._asked = False
         self._reported = False
@@ -90,13 +90,13 @@ class UserLoop:
         return task.get_name() if task else "a callback"
 
     def _where(self) -> str:
-        """The innermost source line that is not the standard library's, else the innermost."""
-        frame = sys._current_frames().get(self._thread.ident or 0)  # noqa: SLF001 - documented for this use
-        stack = traceback.extract_stack(frame) if frame else []
-        own = [line for line in stack if "/asyncio/" not in line.filename and __package__ not in line.name]
-        own = [line for line in own if "temporal_async_task/engine/" not in line.filename] or list(stack)
-        if not own:
+        """The source line, from the innermost that is not in this package or in asyncio."""
+        frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001 - documented for this use
+        frame = frames.get(self._thread.ident or 0)
+        if frame is None:
             return "an unknown place"
+        stack = traceback.extract_stack(frame)
+        own = [line for line in stack if not line.filename.startswith(_NOT_USERS)] or stack
         return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}"
 
     def stop(self, timeout: float = 2.0) -> None:
@@ -122,9 +122,7 @@ class DaemonThreads(concurrent.futures.Executor):
         self._lock = threading.Lock()
         self._count = 0
 
-    def submit(  # type: ignore[override]  # the loop calls it with a function and its arguments only
-        self, fn: Callable[..., T], /, *args: Any, **kwargs: Any
-    ) -> concurrent.futures.Future[T]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self._work.put((future, lambda: fn(*args, **kwargs)))
         if not self._idle.acquire(blocking=False):
@@ -142,7 +140,7 @@ class DaemonThreads(concurrent.futures.Executor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = call()
-                except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
+                except BaseException as error:  # it is raised where the call is awaited
                     future.set_exception(error)
                 else:
                     future.set_result(result)

@@ -58,7 +58,7 @@ from temporal_async_task.steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Generator
     from concurrent.futures import Executor
 
 logger = logging.getLogger("temporal_async_task")
@@ -129,8 +129,11 @@ class Carrier(Protocol):
         ...
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
-        """Make the journal durable; it is when this returns. Never raises: an attempt that may not write any more
-        is told by ``Runner.supersede()``, and this does not return."""
+        """Make the journal durable; it is when this returns.
+
+        Never raises: an attempt that may not write any more is told by ``Runner.supersede()``, and this does not
+        return.
+        """
         ...
 
     def note(self, snapshot: Snapshot) -> None:
@@ -245,9 +248,7 @@ class Runner:
         context = contextvars.copy_context()
         context.run(scope.set, self)
         context.run(runner_var.set, self)
-        self._body = self._loop.create_task(
-            _awaited(body), context=context, name=f"task {self.settings.task_name!r}"
-        )
+        self._body = self._loop.create_task(_awaited(body), context=context, name=f"task {self.settings.task_name!r}")
         self.adopt(self._body)
         both = (self._body, self._ended)
         timeout = self.settings.step_timeout
@@ -407,12 +408,12 @@ class Runner:
         self._note()
 
     @contextmanager
-    def _in_flight(self, key: str, what: str) -> Iterator[None]:
+    def _in_flight(self, key: str, what: str) -> Generator[None]:
         """Count a step as in flight while it is; refuse what cannot be one."""
         if (outer := step_var.get()) is not None:
             raise StepUsageError(
-                f"{what}({key!r}) was called inside of step {outer.key!r}. A step is one external call: call it directly "
-                f"there, or ask for both steps in the task's body."
+                f"{what}({key!r}) was called inside of step {outer.key!r}. A step is one external call: call it "
+                f"directly there, or ask for both steps in the task's body."
             )
         check_text(key, f"The key of a {what}")
         if key in self._asked:
@@ -463,9 +464,10 @@ class Runner:
 
     async def _call(self, call: StepCall, record: StepRecord) -> Any:
         timeout = call.options.timeout or self.settings.step_timeout
+        limit = asyncio.timeout(timeout)
         token = step_var.set(self._step_info(call.key, record))
         try:
-            async with asyncio.timeout(timeout) as limit:
+            async with limit:
                 return await self.invoke(call.call, *call.args, **call.kwargs)
         except TimeoutError as error:
             if limit.expired():
@@ -528,9 +530,7 @@ class Runner:
         record.error = ErrorInfo("WorkerLostError", f"its worker was lost with it {record.lost} times in a row")
         return record
 
-    async def _give_up(
-        self, record: StepRecord, info: ErrorInfo | None, error: Exception | None = None
-    ) -> NoReturn:
+    async def _give_up(self, record: StepRecord, info: ErrorInfo | None, error: Exception | None = None) -> NoReturn:
         """Note that a step has failed for good, durably, and raise it in the body.
 
         Durably, because the body may act on it: a refund and a later success must not both happen.
@@ -614,7 +614,7 @@ class Runner:
             raise Unwind
 
     @contextmanager
-    def busy(self) -> Iterator[None]:
+    def busy(self) -> Generator[None]:
         """The body is at work where the event loop does not see it (a generator in a thread)."""
         self._active += 1
         try:
@@ -647,7 +647,7 @@ def is_async(call: Callable[..., Any]) -> bool:
     """Whether a callable is to be called on the event loop."""
     while isinstance(call, functools.partial):
         call = call.func
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
 def _recorded_failure(record: StepRecord) -> AsyncTaskError:

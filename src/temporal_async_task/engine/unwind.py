@@ -1,9 +1,9 @@
 """How an attempt's code is stopped in the middle of it, without being told that it was cancelled.
 
 An attempt that ends early (a step backs off for ten minutes, the worker shuts down) has to leave a body that waits
-somewhere. ``Task.cancel()`` would raise ``CancelledError`` there, and a body's ``except CancelledError: refund()`` would
-run though nobody cancelled anything. So every asyncio task of an attempt runs in a thin coroutine around the user's
-own, which turns the ``CancelledError`` that asyncio throws into an ``Unwind`` while the attempt is being unwound.
+somewhere. ``Task.cancel()`` would raise ``CancelledError`` there, and a body's ``except CancelledError: refund()``
+would run though nobody cancelled anything. So every asyncio task of an attempt runs in a thin coroutine around the
+user's own, which turns the ``CancelledError`` that asyncio throws into an ``Unwind`` while the attempt is unwound.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class _Unwindable(Coroutine[Any, Any, Any]):
         return getattr(self._coro, name)
 
 
-def task_factory(
-    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any
-) -> asyncio.Task[Any]:
+def task_factory(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:
     """Create a task; one that an attempt's code creates (``gather``, ``TaskGroup``) belongs to the attempt."""
     context = options.get("context")
     owner = context.get(scope) if context is not None else scope.get()

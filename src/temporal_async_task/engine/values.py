@@ -13,7 +13,7 @@ import json
 import types
 import typing
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from temporalio.api.common.v1 import Payload
@@ -32,9 +32,7 @@ class PayloadValues:
     """Encodes and decodes values for one run, with the application's data converter."""
 
     def __init__(self, converter: DataConverter, namespace: str = "default", task_id: str = "") -> None:
-        self._converter = converter.with_context(
-            WorkflowSerializationContext(namespace=namespace, workflow_id=task_id)
-        )
+        self._converter = converter.with_context(WorkflowSerializationContext(namespace=namespace, workflow_id=task_id))
 
     async def to_payload(self, value: Any) -> Payload:
         """The payload of a value.
@@ -63,7 +61,7 @@ class PayloadValues:
             ResultError: It cannot be decoded, or does not fit ``type_hint``.
         """
         try:
-            [value] = await self._converter.decode([payload], [Any if type_hint is None else type_hint])
+            [value] = await self._converter.decode([payload], _hint(type_hint))
         except Exception as error:
             raise ResultError(
                 f"the stored value does not fit {_name(type_hint)}: {type(error).__name__}: {error}"
@@ -111,10 +109,14 @@ class PayloadValues:
         converter = self._converter.payload_converter
         try:
             [payload] = converter.to_payloads([value])
-            converter.from_payloads([payload], [Any if type_hint is None else type_hint])
+            converter.from_payloads([payload], _hint(type_hint))
         except Exception as error:
             raise ResultError(f"{type(error).__name__}: {error}") from error
         return payload
+
+
+def _hint(type_hint: Any) -> list[type]:
+    return [cast("type", Any if type_hint is None else type_hint)]
 
 
 def digest(payload: Payload) -> str:
@@ -178,7 +180,7 @@ def _function(call: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.ismethod(call):
         return call.__func__
     if not inspect.isroutine(call) and not inspect.isclass(call):
-        return getattr(type(call), "__call__", call)
+        return type(call).__call__
     return call
 
 

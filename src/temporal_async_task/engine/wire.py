@@ -81,9 +81,7 @@ class AttemptInput(_Message):
 class _RawPayloadConverter(DefaultPayloadConverter):
     """Hands payloads on as they are."""
 
-    def from_payloads(
-        self, payloads: Sequence[Payload], type_hints: list[type] | None = None
-    ) -> list[Any]:
+    def from_payloads(self, payloads: Sequence[Payload], type_hints: list[type] | None = None) -> list[Any]:
         hints: list[type] = [RawValue] * len(payloads)
         for index, hint in enumerate(type_hints or []):
             hints[index] = hint or RawValue

@@ -47,7 +47,7 @@ class TaskWorkflow:
             deadline=workflow.now().timestamp() + start.timeout if start.timeout is not None else None,
         )
         try:
-            return await workflow.execute_activity(
+            result: RawValue = await workflow.execute_activity(
                 name,
                 args=[RawValue(attempt.to_payload()), params, *journal],
                 activity_id=wire.ACTIVITY_ID,
@@ -60,3 +60,4 @@ class TaskWorkflow:
             if isinstance(error.cause, ApplicationError):
                 raise error.cause from None  # as it is: its details are the journal
             raise
+        return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -83,10 +84,8 @@ class JournalWriter:
         self._last = resume_with
         try:
             while True:
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._interval)
-                except TimeoutError:
-                    pass
                 await self._write()
         except AttemptGoneError:
             self._listener.superseded()
@@ -123,9 +122,7 @@ async def complete(client: Client, task_token: bytes, result: Payload) -> None:
         result=Payloads(payloads=[result]),
     )
     service = client.workflow_service
-    await insist(
-        lambda: service.respond_activity_task_completed(request, timeout=_RPC_TIMEOUT), "report the result"
-    )
+    await insist(lambda: service.respond_activity_task_completed(request, timeout=_RPC_TIMEOUT), "report the result")
 
 
 async def fail(client: Client, task_token: bytes, failure: Failure, journal: Sequence[Payload]) -> None:
