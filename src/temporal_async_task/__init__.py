@@ -12,6 +12,7 @@ from temporal_async_task.errors import (
     NotConnectedError,
     ParamsError,
     PayloadTooLargeError,
+    PollTimeoutError,
     ResultError,
     RetryableError,
     ServerUnavailableError,
@@ -23,6 +24,8 @@ from temporal_async_task.errors import (
     TaskFailedError,
     TaskNotFoundError,
     TaskNotRegisteredError,
+    TaskTimeoutError,
+    WaitTimeoutError,
     WorkerLostError,
 )
 from temporal_async_task.retry import RetryPolicy, Verdict
@@ -34,9 +37,11 @@ from temporal_async_task.steps import (
     StepInfo,
     current_run,
     current_step,
+    poll,
     progress,
     sleep,
     step,
+    wait_for,
 )
 from temporal_async_task.task import TemporalAsyncTask, async_task
 
@@ -52,6 +57,7 @@ __all__ = [
     "NotConnectedError",
     "ParamsError",
     "PayloadTooLargeError",
+    "PollTimeoutError",
     "Result",
     "ResultError",
     "RetryPolicy",
@@ -72,13 +78,17 @@ __all__ = [
     "TaskNotRegisteredError",
     "TaskResult",
     "TaskStatus",
+    "TaskTimeoutError",
     "TemporalAsyncTask",
     "Verdict",
+    "WaitTimeoutError",
     "WorkerLostError",
     "async_task",
     "current_run",
     "current_step",
+    "poll",
     "progress",
     "sleep",
     "step",
+    "wait_for",
 ]

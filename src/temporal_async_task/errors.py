@@ -20,7 +20,10 @@
     │   └── DuplicateStepError      the same key asked for twice in one run
     ├── StepFailedError             a step is out of retries, or failed for good
     │   ├── WorkerLostError         ... because it took its worker down, again and again
-    │   └── StepOutcomeUnknownError an at-most-once step's outcome was lost with its worker
+    │   ├── StepOutcomeUnknownError an at-most-once step's outcome was lost with its worker
+    │   ├── PollTimeoutError        a poll was not ready in time
+    │   └── WaitTimeoutError        an event did not come in time
+    ├── TaskTimeoutError            the task as a whole did not finish within its timeout
     ├── NonRetryableError           raised by user code: do not try again
     └── RetryableError              raised by user code: try again, and when
 """
@@ -157,6 +160,18 @@ class StepOutcomeUnknownError(StepFailedError):
     The call was made, or was about to be. It is not made again: ask the API whether it was, by the step's
     idempotency key.
     """
+
+
+class PollTimeoutError(StepFailedError, TimeoutError):
+    """What a ``poll`` asks for was not ready within its timeout."""
+
+
+class WaitTimeoutError(StepFailedError, TimeoutError):
+    """The event of a ``wait_for`` did not come within its timeout."""
+
+
+class TaskTimeoutError(AsyncTaskError, TimeoutError):
+    """The task as a whole did not finish within its ``timeout``."""
 
 
 class NonRetryableError(AsyncTaskError):

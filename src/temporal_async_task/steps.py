@@ -114,6 +114,10 @@ class StepRunner(Protocol):
 
     async def sleep(self, key: str, duration: float) -> None: ...
 
+    async def poll(self, call: StepCall, every: Callable[[int], float], timeout: float | None) -> Any: ...
+
+    async def wait_for(self, key: str, timeout: float | None, hint: Any) -> Any: ...
+
     def progress(self, fraction: float | None, message: str) -> None: ...
 
 
@@ -248,10 +252,82 @@ async def sleep(key: str, duration: float | timedelta) -> None:
         key: Names the wait, unique in the run like a step's.
         duration: Seconds, or a ``timedelta``. Counted from when it was first asked for.
     """
+    await _runner("sleep()").sleep(key, _length(f"The duration of sleep({key!r})", duration))
+
+
+@overload
+async def poll(
+    key: str,
+    check: Callable[..., Awaitable[T | None]],
+    /,
+    *args: Any,
+    every: float | timedelta | RetryPolicy,
+    timeout: float | timedelta | None = None,
+) -> T: ...
+@overload
+async def poll(
+    key: str,
+    check: Callable[..., T | None],
+    /,
+    *args: Any,
+    every: float | timedelta | RetryPolicy,
+    timeout: float | timedelta | None = None,
+) -> T: ...
+async def poll(
+    key: str,
+    check: Callable[..., Any],
+    /,
+    *args: Any,
+    every: float | timedelta | RetryPolicy,
+    timeout: float | timedelta | None = None,
+) -> Any:
+    """Ask until the answer is ready, durably.
+
+    As in ``video = await poll("render", api.result, job.id, every=10)``.
+    Between two polls the task holds no worker slot (from a second on), and survives crashes. Start the job in a step
+    of its own, so that it is started once.
+
+    Args:
+        key: Names the poll, unique in the run like a step's.
+        check: Returns None until the answer is ready. An error of it that may be retried is not the job's failure: it
+            is asked again, until the timeout; without one, as often as the retry policy says.
+        args: Positional arguments for ``check``.
+        every: Seconds (or a ``timedelta``) between two polls; or a ``RetryPolicy``, whose backoff is taken.
+        timeout: Seconds (or a ``timedelta``) from the first poll on, however many workers were lost meanwhile.
+
+    Raises:
+        PollTimeoutError: Not ready within the timeout.
+        StepFailedError: ``check`` failed for good.
+    """
+    limit = None if timeout is None else _length(f"poll({key!r})'s timeout", timeout)
+    if isinstance(every, (int, float, timedelta)):
+        pause = _length(f"poll({key!r})'s every", every)
+        return await _runner("poll()").poll(StepCall(key, check, args), lambda _: pause, limit)
+    return await _runner("poll()").poll(StepCall(key, check, args), every.backoff, limit)
+
+
+async def wait_for(key: str, *, timeout: float | timedelta | None = None, result_type: type[T] | None = None) -> T:
+    """Wait for an event from outside, durably: a webhook, a person's approval. ``task.send`` sends it.
+
+    Args:
+        key: Names the event, unique in the run like a step's. An event that was sent before is not lost; of several
+            with one key, the first counts.
+        timeout: Seconds (or a ``timedelta``) from when it was first waited for.
+        result_type: What the event's value is decoded to.
+
+    Raises:
+        WaitTimeoutError: It has not come within the timeout.
+    """
+    limit = None if timeout is None else _length(f"wait_for({key!r})'s timeout", timeout)
+    value: T = await _runner("wait_for()").wait_for(key, limit, result_type)
+    return value
+
+
+def _length(what: str, duration: float | timedelta) -> float:
     length = seconds(duration)
     if not 0 <= length < float("inf"):
-        raise StepUsageError(f"sleep({key!r}) takes a duration of 0 seconds or more, not {duration!r}")
-    await _runner("sleep()").sleep(key, length)
+        raise StepUsageError(f"{what} must be 0 seconds or more, not {duration!r}")
+    return length
 
 
 def progress(fraction: float | None, message: str = "") -> None:

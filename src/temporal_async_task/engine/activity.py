@@ -180,6 +180,7 @@ class _Attempt:
             return Failed(ParamsError(f"The params of task {task.name!r}: {error}"))
         if journal.started is None:
             journal.started = self.now()
+        journal.attempt = journal.earlier + self._info.attempt
         if self._input.cancelled:
             journal.cancel_reason = self._input.reason
         settings = RunSettings(
@@ -190,7 +191,7 @@ class _Attempt:
             step_timeout=task.step_timeout,
             deadline=self._input.deadline,
             timeout=self._input.timeout,
-            attempt=self._info.attempt,
+            attempt=journal.attempt,
             params=args[0] if args else None,
         )
         self._runner = runner = Runner(
@@ -289,11 +290,13 @@ class _Attempt:
         journal = Journal()
         if self._details:
             header, results = self._details
-            if self._info.heartbeat_details:
-                accounted = int(header.metadata.get(wire.ATTEMPTS, b"0"))
             [plain] = await self._values.decode_raw([header])
             if plain.data != b"null":
                 journal = Journal.restore(Snapshot(plain.data, results.data))
+            if self._info.heartbeat_details:
+                accounted = int(header.metadata.get(wire.ATTEMPTS, b"0"))
+            else:
+                journal.earlier = journal.attempt
         journal.count_lost(max(self._info.attempt - 1 - accounted, 0))
         return journal
 

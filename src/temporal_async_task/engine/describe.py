@@ -117,6 +117,7 @@ def _picture(
     records = sorted(journal, key=lambda record: (record.started is None, record.started or 0.0))
     unfinished = [record for record in records if record.finished is None]
     fraction, message = journal.progress or (None, None)
+    fields.setdefault("attempt", journal.attempt)
     if journal.started is not None:
         fields["started_at"] = _of(journal.started)
     return TaskResult(

@@ -100,6 +100,10 @@ class Journal:
 
     started: float | None = None
     """When the first attempt began."""
+    attempt: int = 0
+    """Which attempt this is or was; for the status."""
+    earlier: int = 0
+    """Attempts made before the run was resumed, or taken out of its activity in some other way."""
     body: StepRecord = field(default_factory=lambda: StepRecord(""))
     """The body's own failures, outside of steps."""
     progress: tuple[float | None, str] | None = None
@@ -145,9 +149,8 @@ class Journal:
         size = len(self._results) + self._done_bytes + len(self._rest()) + len(result)
         if size > MAX_BYTES:
             raise PayloadTooLargeError(
-                f"The result of step {record.key!r} ({len(result):,} bytes) would bring the run's journal to "
-                f"{size:,} bytes, over the limit of {MAX_BYTES:,}. Store large results elsewhere and return a "
-                f"reference."
+                f"A result of {len(result):,} bytes would bring the run's journal to {size:,} bytes, over the limit of "
+                f"{MAX_BYTES:,} (2 MB). Store large results elsewhere, and return a reference."
             )
         record.state, record.result, record.finished = StepState.COMPLETED, result, now
         record.due, record.error = None, None
@@ -164,7 +167,7 @@ class Journal:
         redo = set(keys)
         if missing := redo - self._done.keys():
             raise KeyError(", ".join(sorted(missing)))
-        fresh = Journal(started=self.started)
+        fresh = Journal(started=self.started, attempt=self.attempt)
         for record in self._done.values():
             if record.key not in redo:
                 fresh._add_done(record)
@@ -190,7 +193,9 @@ class Journal:
         return _dumps(
             {
                 "v": VERSION,
-                "started": self.started,
+                "started": _rounded(self.started),
+                "attempt": self.attempt,
+                "earlier": self.earlier,
                 "body": self.body.to_json(),
                 "progress": self.progress,
                 "cancel": self.cancel_reason,
@@ -223,7 +228,8 @@ class Journal:
         fields = json.loads(header)
         if fields.get("v") != VERSION:
             raise ValueError(f"The journal has version {fields.get('v')!r}, this library reads {VERSION}")
-        journal = cls(started=fields["started"], body=StepRecord.from_json(fields["body"]))
+        journal = cls(body=StepRecord.from_json(fields["body"]))
+        journal.started, journal.attempt, journal.earlier = fields["started"], fields["attempt"], fields["earlier"]
         journal.progress = tuple(fields["progress"]) if fields["progress"] else None
         journal.cancel_reason = fields["cancel"]
         for step in fields["done"]:
@@ -235,7 +241,7 @@ class Journal:
 
 
 def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 3)
+    return None if seconds is None or seconds == float("inf") else round(seconds, 3)
 
 
 def _dumps(value: Any) -> str:

@@ -38,11 +38,14 @@ from temporal_async_task.errors import (
     AsyncTaskError,
     DuplicateStepError,
     PayloadTooLargeError,
+    PollTimeoutError,
     ResultError,
     RetryableError,
     StepFailedError,
     StepOutcomeUnknownError,
     StepUsageError,
+    TaskTimeoutError,
+    WaitTimeoutError,
     WorkerLostError,
 )
 from temporal_async_task.retry import RetryPolicy, decide
@@ -58,7 +61,7 @@ from temporal_async_task.steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Mapping
     from concurrent.futures import Executor
 
 logger = logging.getLogger("temporal_async_task")
@@ -92,10 +95,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """The attempt is given back until ``due`` (seconds since the epoch)."""
+    """The attempt is given back until ``due`` (seconds since the epoch), or until one of ``events`` comes."""
 
     due: float
     reason: str
+    events: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,18 @@ class Superseded:
 
 
 Outcome = Completed | Failed | Parked | Cancelled | Superseded
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """What a step waits for."""
+
+    due: float
+    event: str | None = None
+    """The key of an event that would end the wait before."""
+
+
+_NEVER = float("inf")
 
 
 class Values(Protocol):
@@ -159,10 +175,6 @@ class RunSettings:
     params: Any = None
 
 
-class TaskTimeoutError(AsyncTaskError, TimeoutError):
-    """The task as a whole did not finish within its ``timeout``."""
-
-
 class Runner:
     """One attempt at one run: the engine's side of ``steps.StepRunner``."""
 
@@ -176,6 +188,7 @@ class Runner:
         threads: Executor | None = None,
         return_type: Callable[[Callable[..., Any]], Any] = lambda _: None,
         cancelled: bool = False,
+        events: Mapping[str, bytes] | None = None,
     ) -> None:
         self.settings = settings
         self.journal = journal
@@ -189,7 +202,8 @@ class Runner:
         self._cancel_delivered = False  # ... and raised in the body
         self._draining = False
         self._active = 0  # steps that are in flight: being answered, called or checkpointed
-        self._waiting: dict[asyncio.Future[None], float] = {}  # steps that wait, and until when
+        self._waiting: dict[asyncio.Future[None], _Wait] = {}  # steps that wait, and for what
+        self._events = events or {}
         self._asked: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
@@ -294,10 +308,13 @@ class Runner:
         record.due = self._carrier.now() + decision.delay
         return self._parked(record.due, str(record.error))
 
-    def _parked(self, due: float, reason: str) -> Outcome:
-        if self.settings.deadline is not None and due >= self.settings.deadline:
-            return Failed(self._timeout_error())
-        return Parked(due, reason)
+    def _parked(self, due: float, reason: str, events: tuple[str, ...] = ()) -> Outcome:
+        deadline = self.settings.deadline
+        if deadline is not None and due >= deadline:
+            if not events:
+                return Failed(self._timeout_error())
+            due = deadline  # the event may come before
+        return Parked(due, reason, events)
 
     def _timeout_error(self) -> TaskTimeoutError:
         current = ", ".join(repr(record.key) for record in self.journal if record.result is None)
@@ -390,11 +407,80 @@ class Runner:
             if record.state is StepState.COMPLETED:
                 return
             if record.due is None:
-                record.started = self._carrier.now()
-                record.due = record.started + duration
+                record.due = self._started(record) + duration
             record.state = StepState.WAITING
             await self._turn(record)
             await self._complete(record, b"")
+
+    async def poll(self, call: StepCall, every: Callable[[int], float], timeout: float | None) -> Any:
+        """Call until the answer is not None. See ``steps.poll``."""
+        hint = call.options.result_type or self._return_type(call.call)
+        with self._in_flight(call.key, "poll"):
+            record = self.journal.get(call.key) or self._opened(call.key)
+            if record.state is StepState.FAILED:
+                raise _recorded_failure(record)
+            if record.state is not StepState.COMPLETED:
+                await self._poll(call, record, every, timeout)
+            return await self._answer(record, hint)
+
+    async def _poll(
+        self, call: StepCall, record: StepRecord, every: Callable[[int], float], timeout: float | None
+    ) -> None:
+        policy = call.options.retry_policy or self.settings.retry_policy
+        while True:
+            value = await self._poll_once(call, record, policy, patient=timeout is not None)
+            if value is not None:
+                await self._finish(record, value)
+                return
+            now = self._carrier.now()
+            deadline = _NEVER if timeout is None else self._started(record) + timeout
+            if now >= deadline:
+                text = f"not ready within {timeout} s, after {record.calls} polls"
+                await self._give_up(record, ErrorInfo("PollTimeoutError", text))
+            pause = max(every(record.calls), policy.backoff(record.failures) if record.failures else 0.0)
+            record.state = StepState.WAITING
+            record.due = min(now + pause, deadline)  # the last poll is at the deadline
+
+    async def _poll_once(self, call: StepCall, record: StepRecord, policy: RetryPolicy, *, patient: bool) -> Any:
+        """One call; None if it says so, or if it failed in a way that does not matter to the job."""
+        await self._begin(call, record)
+        try:
+            value = await self._call(call, record)
+        except (Unwind, asyncio.CancelledError):
+            record.state = StepState.RETRYING
+            raise
+        except Exception as error:
+            record.calls += 1
+            record.failures += 1
+            record.error = ErrorInfo.of(error)
+            # A poll that has a timeout is patient until then with what is worth another try at all.
+            if not decide(error, policy, 1 if patient and policy.max_retries else record.failures).retry:
+                await self._give_up(record, record.error, error)
+            return None
+        record.failures, record.error = 0, None
+        if value is None:
+            record.calls += 1
+        return value
+
+    async def wait_for(self, key: str, timeout: float | None, hint: Any) -> Any:
+        """Wait for an event from outside. See ``steps.wait_for``."""
+        with self._in_flight(key, "wait_for"):
+            record = self.journal.get(key) or self._opened(key)
+            if record.state is StepState.FAILED:
+                raise _recorded_failure(record)
+            while record.state is not StepState.COMPLETED:
+                now = self._carrier.now()
+                record.due = _NEVER if timeout is None else self._started(record) + timeout
+                record.state = StepState.WAITING
+                await self._refuse_cancelled()
+                if key in self._events:
+                    record.calls = 1
+                    await self._complete(record, self._events[key])
+                elif now >= record.due:
+                    await self._give_up(record, ErrorInfo("WaitTimeoutError", f"no event within {timeout} s"))
+                else:
+                    await self._park(_Wait(record.due, event=key))
+            return await self._answer(record, hint)
 
     def progress(self, fraction: float | None, message: str) -> None:
         """See ``steps.progress``; may be called in any thread."""
@@ -443,13 +529,7 @@ class Runner:
         if record.state is StepState.RUNNING and call.options.at_most_once:
             await self._give_up(record, ErrorInfo("StepOutcomeUnknownError", "its outcome was lost with its worker"))
         while True:
-            await self._turn(record)
-            record.state, record.due = StepState.RUNNING, None
-            record.started = record.started or self._carrier.now()
-            if call.options.at_most_once:
-                await self._checkpoint()
-            else:
-                self._note()
+            await self._begin(call, record)
             try:
                 value = await self._call(call, record)
             except (Unwind, asyncio.CancelledError):
@@ -462,19 +542,39 @@ class Runner:
                 await self._finish(record, value)
                 return
 
+    async def _begin(self, call: StepCall, record: StepRecord) -> None:
+        """Wait for the step's turn, and note that its call is being made."""
+        await self._turn(record)
+        record.state, record.due = StepState.RUNNING, None
+        self._started(record)
+        if call.options.at_most_once:
+            await self._checkpoint()
+        else:
+            self._note()
+
+    def _started(self, record: StepRecord) -> float:
+        """When the step was first begun, which may be now."""
+        if record.started is None:
+            record.started = self._carrier.now()
+        return record.started
+
     async def _call(self, call: StepCall, record: StepRecord) -> Any:
         timeout = call.options.timeout or self.settings.step_timeout
         limit = asyncio.timeout(timeout)
         token = step_var.set(self._step_info(call.key, record))
         try:
             async with limit:
-                return await self.invoke(call.call, *call.args, **call.kwargs)
+                return await self.make_call(call)
         except TimeoutError as error:
             if limit.expired():
                 raise TimeoutError(f"no answer within the step's timeout of {timeout} s") from error
             raise
         finally:
             step_var.reset(token)
+
+    async def make_call(self, call: StepCall) -> Any:
+        """Make a step's call. Overridden in tests, to script it."""
+        return await self.invoke(call.call, *call.args, **call.kwargs)
 
     async def invoke(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the user's function: on the event loop if it is async, in a thread if not."""
@@ -488,13 +588,10 @@ class Runner:
     async def _finish(self, record: StepRecord, value: Any) -> None:
         record.calls += 1
         try:
-            result = await self._values.encode(value)
-            await self._complete(record, result)
-        except PayloadTooLargeError as error:
-            message = str(error) if record.key in str(error) else f"Step {record.key!r}: {error}"
-            await self._give_up(record, ErrorInfo("PayloadTooLargeError", message), error)
-        except ResultError as error:
-            await self._give_up(record, ErrorInfo("ResultError", f"Step {record.key!r}: {error}"), error)
+            await self._complete(record, await self._values.encode(value))
+        except (PayloadTooLargeError, ResultError) as error:
+            info = ErrorInfo(type(error).__name__, f"Step {record.key!r}: {error}")
+            await self._give_up(record, info, error)
 
     async def _complete(self, record: StepRecord, result: bytes) -> None:
         self.journal.complete(record, result, self._carrier.now())
@@ -548,27 +645,31 @@ class Runner:
     async def _turn(self, record: StepRecord) -> None:
         """Wait until the step is due and may be called."""
         while True:
-            self._refuse_if_ended()
-            if self._cancelled and not self._cancel_delivered:
-                self._deliver_cancel()
-                await self._park(float("inf"))
+            await self._refuse_cancelled()
             if self._draining:
-                await self._park(record.due or 0.0)
+                await self._park(_Wait(record.due or 0.0))
             wait = (record.due or 0.0) - self._carrier.now()
             if wait <= 0:
                 return
             if wait < self.settings.in_place:
                 await asyncio.sleep(wait)
             else:
-                await self._park(record.due or 0.0)
+                await self._park(_Wait(record.due or 0.0))
 
-    async def _park(self, due: float) -> None:
+    async def _refuse_cancelled(self) -> None:
+        """Raise a cancellation that was asked for before this attempt, in the place of a step."""
+        self._refuse_if_ended()
+        if self._cancelled and not self._cancel_delivered:
+            self._deliver_cancel()
+            await self._loop.create_future()  # it is raised here, or where the body awaits this step
+
+    async def _park(self, wait: _Wait) -> None:
         """Wait outside of what is in flight: the attempt may end meanwhile, and mostly does."""
         woken: asyncio.Future[None] = self._loop.create_future()
-        self._waiting[woken] = due
+        self._waiting[woken] = wait
         timer = None
-        if not self._draining and due != float("inf"):
-            timer = self._loop.call_later(max(due - self._carrier.now(), 0), _wake, woken)
+        if not self._draining and wait.due != _NEVER:
+            timer = self._loop.call_later(max(wait.due - self._carrier.now(), 0), _wake, woken)
         self._active -= 1
         self._consider_ending()
         try:
@@ -592,13 +693,13 @@ class Runner:
                 await asyncio.sleep(0)
                 if self._active or not self._waiting:
                     return
-            due = min(self._waiting.values())
-            if due == float("inf"):
-                return  # the body is being cancelled
-            if self._draining:
+            waits = self._waiting.values()
+            due = min(wait.due for wait in waits)
+            events = tuple(wait.event for wait in waits if wait.event is not None)
+            if self._draining and not events:
                 self._end(Parked(max(due, self._carrier.now()), "the worker shut down"))
             else:
-                self._end(self._parked(due, self._waiting_reason()))
+                self._end(self._parked(due, self._waiting_reason(), events))
         finally:
             self._settling = None
 
@@ -661,6 +762,10 @@ def _recorded_failure(record: StepRecord) -> AsyncTaskError:
             return WorkerLostError(record.key, record.calls, info.type, info.message)
         case "StepOutcomeUnknownError":
             return StepOutcomeUnknownError(record.key, record.calls, info.type, info.message)
+        case "PollTimeoutError":
+            return PollTimeoutError(record.key, record.calls, info.type, info.message)
+        case "WaitTimeoutError":
+            return WaitTimeoutError(record.key, record.calls, info.type, info.message)
         case _:
             return StepFailedError(record.key, record.calls, info.type, info.message)
 

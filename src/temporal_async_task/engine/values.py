@@ -6,13 +6,14 @@ cannot be decoded (a rotated key, a changed class) is the engine's to deal with,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
 import types
 import typing
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -153,8 +154,12 @@ def return_type(call: Callable[..., Any]) -> Any:
     return hint
 
 
-def signature_types(function: Callable[..., Any]) -> tuple[bool, Any, Any]:
+def signature_types(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[bool, Any, Any]:
     """Of a task's function: whether it takes params, their type, and the type of its result.
+
+    Args:
+        function: The task's function.
+        scope: The local names where it is defined.
 
     Raises:
         ConfigError: It takes more than one parameter, or an annotation names what is not there at run time.
@@ -169,7 +174,7 @@ def signature_types(function: Callable[..., Any]) -> tuple[bool, Any, Any]:
             f"dataclass) or none."
         )
     first = next((parameter for parameter in parameters if parameter.kind in kinds), None)
-    hints = _annotations(_function(function))
+    hints = _annotations(_function(function), scope)
     params_type = hints.get(first.name) if first else None
     return first is not None, params_type, _result_of(hints.get("return"), generator=True)
 
@@ -184,9 +189,19 @@ def _function(call: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+def _annotations(function: Callable[..., Any], scope: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A function's annotations, resolved; names in strings are looked up in ``scope`` and where the function was made.
+
+    An annotation that is a string (``from __future__ import annotations``) does not know the local names around its
+    function, unless the function uses them itself.
+    """
+    local = dict(scope or {})
+    if isinstance(function, types.FunctionType):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # a cell that is still empty
+                local[name] = cell.cell_contents
     try:
-        return typing.get_type_hints(function, include_extras=True)
+        return typing.get_type_hints(function, localns=local or None, include_extras=True)
     except NameError as error:
         raise ConfigError(
             f"The annotations of {_name(function)} cannot be resolved: {error}. They tell how values are decoded, so "

@@ -1,0 +1,212 @@
+"""What the tests share: waiting for a condition, one test's components, and workers in processes of their own."""
+
+import asyncio
+import contextlib
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from temporalio.client import Client
+from temporalio.runtime import MetricBuffer, Runtime, TelemetryConfig
+
+from temporal_async_task import (
+    AsyncTaskComponent,
+    AsyncTaskComponentConfig,
+    RetryPolicy,
+    TaskResult,
+    TaskStatus,
+    TemporalAsyncTask,
+)
+
+AT_ONCE = RetryPolicy(max_retries=3, initial_delay=0.01, max_delay=0.01, jitter=0)
+"""Retries that are spent in the attempt."""
+BY_TIMER = RetryPolicy(max_retries=3, initial_delay=1.05, max_delay=1.05, jitter=0)
+"""Retries for which the attempt ends: the server's timer brings the next one."""
+FOR_AN_HOUR = RetryPolicy(max_retries=3, initial_delay=3600, max_delay=3600, jitter=0)
+"""A backoff that outlasts the test."""
+NEVER_AGAIN = RetryPolicy(max_retries=0)
+
+
+async def wait_until(condition: Callable[[], Any], *, timeout: float = 10.0, interval: float = 0.02) -> Any:
+    """Wait for a condition (a function, sync or async) to be truthy, and return what it returned then."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"not true within {timeout} s: {inspect.getsource(condition).strip()}; last: {value!r}")
+        await asyncio.sleep(interval)
+
+
+async def status_when(
+    task: TemporalAsyncTask[Any, Any],
+    task_id: str,
+    condition: Callable[[TaskResult[Any]], object],
+    *,
+    timeout: float = 10.0,
+) -> TaskResult[Any]:
+    """Wait until a run's status fulfils a condition, and return that status."""
+    last: TaskResult[Any] | None = None
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        last = await task.get_status(task_id)
+        if condition(last):
+            return last
+        await asyncio.sleep(0.03)
+    raise AssertionError(f"not true within {timeout} s: {inspect.getsource(condition).strip()}; last: {last}")
+
+
+def ended(run: TaskResult[Any]) -> bool:
+    return run.status in {TaskStatus.COMPLETED, TaskStatus.FAILED}
+
+
+def backs_off(run: TaskResult[Any]) -> bool:
+    return run.next_retry_at is not None
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class App:
+    """One test's application: components on a task queue of its own, stopped with the test."""
+
+    def __init__(self, address: str, queue: str) -> None:
+        self.address = address
+        self.queue = queue
+        self._components: list[AsyncTaskComponent] = []
+
+    def component(self, *tasks: TemporalAsyncTask[Any, Any], **config: Any) -> AsyncTaskComponent:
+        """A component that knows the tasks, and is neither connected nor started."""
+        settings = {"temporal_address": self.address, "task_queue": self.queue, "graceful_shutdown_timeout": 1.0}
+        component = AsyncTaskComponent(AsyncTaskComponentConfig(**{**settings, **config}))
+        component.register_all(tasks)
+        self._components.append(component)
+        return component
+
+    async def connect(self, *tasks: TemporalAsyncTask[Any, Any], **config: Any) -> AsyncTaskComponent:
+        """A web process: it can submit and ask."""
+        component = self.component(*tasks, **config)
+        await component.connect()
+        return component
+
+    async def start(self, *tasks: TemporalAsyncTask[Any, Any], **config: Any) -> AsyncTaskComponent:
+        """A worker process."""
+        component = self.component(*tasks, **config)
+        await component.start()
+        return component
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(component.stop() for component in self._components))
+
+
+class MeteredClient:
+    """A client whose calls to the server are counted where they leave the process: by the SDK's own metrics."""
+
+    def __init__(self) -> None:
+        self._buffer = MetricBuffer(100_000)
+        self._runtime = Runtime(telemetry=TelemetryConfig(metrics=self._buffer))
+
+    async def connect(self, address: str, **options: Any) -> Client:
+        return await Client.connect(address, runtime=self._runtime, **options)
+
+    def calls(self) -> list[str]:
+        """The operations that were asked of the server since this was called last."""
+        found: list[str] = []
+        for update in self._buffer.retrieve_updates():
+            if update.metric.name in {"temporal_request", "temporal_long_request"}:
+                found += [str(update.attributes["operation"])] * int(update.value)
+        return found
+
+
+# Workers in processes of their own: a test file that has some runs as their program, too. ----------------
+
+
+class WorkerProcess:
+    """A worker, as a process that runs a test file: ``if __name__ == "__main__": work(tasks)``."""
+
+    def __init__(self, program: str, app: App, **env: str) -> None:
+        variables = {
+            **os.environ,
+            "TEMPORAL_ADDRESS": app.address,
+            "TEMPORAL_TASK_QUEUE": app.queue,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            **env,
+        }
+        self._stderr = tempfile.TemporaryFile()  # and not a pipe, which would fill up and block the worker
+        self._process = subprocess.Popen(
+            [sys.executable, program],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a crash would, by SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    async def exit_status(self, timeout: float) -> int:
+        return await asyncio.to_thread(self._process.wait, timeout)
+
+    def errors(self) -> str:
+        """All that it has written to stderr."""
+        self._stderr.seek(0)
+        return self._stderr.read().decode()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._stderr.close()
+
+
+def work(tasks: Iterable[TemporalAsyncTask[Any, Any]]) -> None:
+    """What a worker process does: run the tasks until it is told to stop."""
+    grace = float(os.environ.get("GRACE", "30"))
+    slots = int(os.environ.get("SLOTS", "200"))
+    config = AsyncTaskComponentConfig.load(graceful_shutdown_timeout=grace, max_concurrent_tasks=slots)
+    component = AsyncTaskComponent(config)
+    component.register_all(tasks)
+    asyncio.run(component.run())
+
+
+class CallLog:
+    """What was called, in the order in which it was, by whichever process: a file that is only appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def note(self, *words: object) -> None:
+        """Append a line. One write with O_APPEND is not torn apart, nor lost with the process that made it."""
+        line = " ".join(map(str, words)) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def lines(self) -> list[Sequence[str]]:
+        with contextlib.suppress(FileNotFoundError):
+            return [line.split() for line in self.path.read_text().splitlines()]
+        return []

@@ -1,0 +1,1135 @@
+"""The engine's rules, in memory: what is called, what is not, and how an attempt ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from temporal_async_task import (
+    DuplicateStepError,
+    InvalidKeyError,
+    NonRetryableError,
+    PayloadTooLargeError,
+    Result,
+    ResultError,
+    RetryableError,
+    RetryPolicy,
+    Step,
+    StepFailedError,
+    StepOutcomeUnknownError,
+    StepState,
+    StepUsageError,
+    TaskCancelledError,
+    TaskTimeoutError,
+    WorkerLostError,
+    async_task,
+    current_run,
+    current_step,
+    sleep,
+    step,
+)
+from temporal_async_task.engine.runner import Cancelled, Completed, Failed, Parked, Superseded
+from temporal_async_task.testing import TaskRun
+
+STEADY = RetryPolicy(max_retries=3, initial_delay=10, max_delay=60, jitter=0)
+
+
+async def one() -> int:
+    return 1
+
+
+async def two() -> int:
+    return 2
+
+
+async def three() -> int:
+    return 3
+
+
+@async_task(retry_policy=STEADY)
+async def three_steps() -> int:
+    return await step("a", one) + await step("b", two) + await step("c", three)
+
+
+def outcomes(run: TaskRun[Any]) -> list[type]:
+    return [type(attempt.outcome) for attempt in run.attempts]
+
+
+class TestFinishedSteps:
+    def test_a_body_runs_its_steps_in_order_and_returns(self):
+        run = TaskRun(three_steps)
+        assert run.execute() == 6
+        assert [call.key for call in run.calls] == ["a", "b", "c"]
+        assert outcomes(run) == [Completed]
+
+    def test_a_checkpoint_is_written_after_every_step(self):
+        run = TaskRun(three_steps)
+        run.execute()
+        assert run.writes == 3
+
+    def test_a_task_without_steps_pays_for_no_checkpoint(self):
+        @async_task
+        async def single() -> int:
+            return 5
+
+        run = TaskRun(single)
+        assert run.execute() == 5
+        assert run.writes == 0
+
+    def test_a_step_whose_result_was_saved_is_not_called_again_when_the_worker_is_lost(self):
+        run = TaskRun(three_steps)
+        run.on("b").loses_worker(when="saved")
+        assert run.execute() == 6
+        assert [call.key for call in run.calls] == ["a", "b", "c"]
+        assert outcomes(run) == [Superseded, Completed]
+
+    def test_a_step_whose_result_was_not_saved_is_called_once_more(self):
+        run = TaskRun(three_steps)
+        run.on("b").loses_worker(when="after")
+        assert run.execute() == 6
+        assert [call.key for call in run.calls] == ["a", "b", "b", "c"]
+
+    def test_the_body_does_not_go_on_before_its_checkpoint_is_acknowledged(self):
+        went_on: list[str] = []
+
+        @async_task
+        async def task() -> None:
+            await step("a", one)
+            went_on.append("past a")
+
+        run = TaskRun(task)
+        run.on("a").loses_worker(when="saved")
+        run.execute()
+        assert went_on == ["past a"]  # in the second attempt only
+
+    def test_a_step_returns_on_the_first_run_what_it_returns_after_a_resume(self):
+        @dataclass
+        class Job:
+            url: str
+
+        def untyped():  # no annotation: what comes back is plain JSON, at once and not only after a crash
+            return Job("u")
+
+        def typed() -> Job:
+            return Job("u")
+
+        @async_task
+        async def task() -> list[str]:
+            return [type(await step("untyped", untyped)).__name__, type(await step("typed", typed)).__name__]
+
+        assert TaskRun(task).execute() == ["dict", "Job"]
+
+    def test_a_tuple_comes_back_as_its_annotation_says(self):
+        def pair() -> tuple[int, str]:
+            return 1, "x"
+
+        @async_task
+        async def task() -> bool:
+            return await step("pair", pair) == (1, "x")
+
+        assert TaskRun(task).execute() is True
+
+
+class TestCodeThatChanges:
+    """Steps are found by key, so code may change between two attempts."""
+
+    @staticmethod
+    def deployed(before: list[str], after: list[str], lost_at: str) -> TaskRun[Any]:
+        plans = [before, after]
+
+        @async_task
+        async def task() -> dict[str, str]:
+            plan = plans.pop(0) if len(plans) > 1 else plans[0]
+            return {key: await step(key, str.upper, key) for key in plan}
+
+        run = TaskRun(task)
+        run.on(lost_at).loses_worker()
+        return run
+
+    def test_an_inserted_step_is_called_and_finished_ones_are_not(self):
+        run = self.deployed(["a", "b", "c"], ["a", "new", "b", "c"], "c")
+        assert run.execute() == {"a": "A", "new": "NEW", "b": "B", "c": "C"}
+        assert [call.key for call in run.calls] == ["a", "b", "c", "new", "c"]
+
+    def test_a_removed_step_is_left_alone(self):
+        run = self.deployed(["a", "b", "c"], ["a", "c"], "c")
+        assert run.execute() == {"a": "A", "c": "C"}
+        assert run.calls_of("b") == 1
+
+    def test_reordered_steps_keep_their_own_results(self):
+        run = self.deployed(["a", "b", "c"], ["b", "a", "c"], "c")
+        assert run.execute() == {"b": "B", "a": "A", "c": "C"}
+        assert (run.calls_of("a"), run.calls_of("b")) == (1, 1)
+
+    def test_a_renamed_step_is_a_new_one(self):
+        run = self.deployed(["a", "b"], ["renamed", "b"], "b")
+        assert run.execute() == {"renamed": "RENAMED", "b": "B"}
+
+
+class TestRetries:
+    def test_a_failing_step_is_called_as_often_as_its_policy_says(self):
+        run = TaskRun(three_steps)
+        run.on("b").raises(OSError("down"), times=99)
+        with pytest.raises(StepFailedError, match="'b' failed after 4 attempts: OSError: down"):
+            run.execute()
+        assert run.calls_of("b") == 4
+        assert run.calls_of("a") == 1
+
+    def test_delays_are_the_policys_and_are_spent_outside_of_the_worker(self):
+        run = TaskRun(three_steps)
+        run.on("b").raises(OSError("down"), times=3)
+        assert run.execute() == 6
+        assert [call.at for call in run.calls if call.key == "b"] == [0, 10, 30, 70]
+        assert all(attempt.ended == attempt.began for attempt in run.attempts)
+
+    def test_a_steps_own_policy_overrides_the_tasks(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            return await step.with_options(retry_policy=RetryPolicy(max_retries=0))("a", one)
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"), times=9)
+        with pytest.raises(StepFailedError):
+            run.execute()
+        assert run.calls_of("a") == 1
+
+    def test_retry_after_is_the_delay(self):
+        run = TaskRun(three_steps)
+        run.on("a").raises(RetryableError("busy", retry_after=timedelta(minutes=10)))
+        run.execute()
+        waited = [call.at for call in run.calls if call.key == "a"][1]
+        assert 600 <= waited <= 660
+
+    def test_an_error_that_cannot_get_better_is_not_retried(self):
+        run = TaskRun(three_steps)
+        run.on("a").raises(NonRetryableError("no such model"), times=9)
+        with pytest.raises(StepFailedError, match="no such model"):
+            run.execute()
+        assert run.calls_of("a") == 1
+
+    def test_a_programming_error_is_not_retried(self):
+        run = TaskRun(three_steps)
+        run.on("a").raises(AttributeError("'NoneType' has no attribute 'url'"), times=9)
+        with pytest.raises(StepFailedError, match="AttributeError"):
+            run.execute()
+        assert run.calls_of("a") == 1
+
+    def test_lost_workers_do_not_use_up_a_steps_retries(self):
+        run = TaskRun(three_steps)
+        run.on("b").loses_worker(6).raises(OSError("down"), times=3)
+        assert run.execute() == 6
+        assert run.calls_of("b") == 6 + 3 + 1
+
+    def test_the_count_of_failures_survives_lost_workers(self):
+        run = TaskRun(three_steps)
+        script = run.on("b").raises(OSError("down"), times=99)
+        script.loses_worker(2)
+        with pytest.raises(StepFailedError, match="after 4 attempts"):
+            run.execute()
+        assert run.calls_of("b") == 2 + 4
+
+    def test_a_short_backoff_is_spent_in_place(self):
+        @async_task(retry_policy=RetryPolicy(initial_delay=0.2, jitter=0))
+        async def task() -> int:
+            return await step("a", one)
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"), times=2)
+        assert run.execute() == 1
+        assert outcomes(run) == [Completed]
+
+    def test_a_step_times_out_and_is_retried(self):
+        @async_task(retry_policy=STEADY, step_timeout=30)
+        async def task() -> int:
+            return await step("a", one)
+
+        run = TaskRun(task)
+        run.on("a").takes(31)
+        with pytest.raises(StepFailedError, match="no answer within the step's timeout of 30"):
+            run.execute()
+        assert run.calls_of("a") == 4
+
+    def test_the_body_gets_the_original_error_as_the_cause(self):
+        seen: list[BaseException | None] = []
+
+        @async_task
+        async def task() -> str:
+            try:
+                await step.with_options(retry_policy=RetryPolicy(max_retries=0))("charge", one)
+            except StepFailedError as error:
+                seen.append(error.__cause__)
+                return await step("refund", str, "refunded")
+            return "charged"
+
+        run = TaskRun(task)
+        failure = OSError("declined")
+        run.on("charge").raises(failure)
+        assert run.execute() == "refunded"
+        assert seen == [failure]
+
+    def test_a_failed_step_stays_failed_in_later_attempts(self):
+        @async_task
+        async def task() -> str:
+            try:
+                await step.with_options(retry_policy=RetryPolicy(max_retries=0))("charge", one)
+            except StepFailedError as error:
+                return await step("refund", str, f"refunded {error.error_type}")
+            return "charged"
+
+        run = TaskRun(task)
+        run.on("charge").raises(OSError("declined"))  # a second call would succeed
+        run.on("refund").loses_worker()
+        assert run.execute() == "refunded OSError"
+        assert run.calls_of("charge") == 1
+
+    def test_an_error_of_the_body_is_retried_like_a_step_and_runs_no_finished_step_again(self):
+        failures = [OSError("between steps"), OSError("between steps")]
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            value = await step("a", one)
+            if failures:
+                raise failures.pop()
+            return value
+
+        run = TaskRun(task)
+        assert run.execute() == 1
+        assert run.calls_of("a") == 1
+        assert run.elapsed == 30
+
+    def test_a_body_out_of_retries_fails_with_its_own_error(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            raise OSError("always")
+
+        run = TaskRun(task)
+        with pytest.raises(OSError, match="always"):
+            run.execute()
+        assert len(run.attempts) == 4
+
+
+class TestLostWorkers:
+    def test_a_step_that_takes_its_worker_down_fails_in_the_end(self):
+        @async_task
+        async def task() -> str:
+            try:
+                return str(await step("segfault", one))
+            except WorkerLostError as error:
+                return f"gave up on {error.key}"
+
+        run = TaskRun(task)
+        run.on("segfault").takes(5).loses_worker(99)
+        assert run.execute() == "gave up on segfault"
+        assert run.calls_of("segfault") == 10
+
+    def test_a_body_that_takes_its_worker_down_at_once_fails_in_the_end(self):
+        run = TaskRun(three_steps)
+        run.on("b").loses_worker(99)  # before anything tells which step it was
+        with pytest.raises(WorkerLostError):
+            run.execute()
+        assert run.calls_of("b") == 10
+        assert run.calls_of("a") == 1
+
+    def test_progress_between_losses_keeps_a_run_alive(self):
+        @async_task
+        async def task() -> int:
+            return sum([await step(f"s{n}", one) for n in range(30)])
+
+        run = TaskRun(task)
+        for n in range(30):
+            run.on(f"s{n}").loses_worker()
+        assert run.execute() == 30
+
+
+class TestParallelSteps:
+    def test_gathered_steps_overlap(self):
+        @async_task
+        async def task() -> list[int]:
+            return list(await asyncio.gather(step("a", one), step("b", two)))
+
+        run = TaskRun(task)
+        run.on("a").takes(100)
+        run.on("b").takes(100)
+        assert run.execute() == [1, 2]
+        assert run.elapsed == 100
+
+    def test_a_step_in_flight_finishes_before_the_attempt_of_its_failed_sibling_ends(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> list[int]:
+            return list(await asyncio.gather(step("a", one), step("b", two)))
+
+        run = TaskRun(task)
+        run.on("a").raises(RetryableError("busy", retry_after=1000))
+        run.on("b").takes(50)
+        assert run.execute() == [1, 2]
+        assert run.calls_of("b") == 1
+        assert outcomes(run) == [Parked, Completed]
+        assert run.attempts[0].ended == 50
+
+    def test_a_parked_step_that_falls_due_while_its_sibling_runs_is_retried_in_place(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> list[int]:
+            return list(await asyncio.gather(step("a", one), step("b", two)))
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"), times=2)
+        run.on("b").takes(100)
+        assert run.execute() == [1, 2]
+        assert outcomes(run) == [Completed]
+        assert [call.at for call in run.calls if call.key == "a"] == [0, 10, 30]
+
+    def test_a_sibling_goes_on_to_further_steps_while_one_is_parked(self):
+        async def chain() -> int:
+            return sum([await step(f"chain-{n}", one) for n in range(5)])
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            async with asyncio.TaskGroup() as group:
+                slow = group.create_task(step("slow", two))
+                chained = group.create_task(chain())
+            return slow.result() + chained.result()
+
+        run = TaskRun(task)
+        run.on("slow").raises(RetryableError("busy", retry_after=1000))
+        for n in range(5):
+            run.on(f"chain-{n}").takes(10)
+        assert run.execute() == 7
+        assert outcomes(run) == [Parked, Completed]
+        assert run.attempts[0].ended == 50
+        assert all(run.calls_of(f"chain-{n}") == 1 for n in range(5))
+
+    def test_as_completed_and_a_bounded_fan_out_of_500_steps(self):
+        @async_task
+        async def task() -> int:
+            limit = asyncio.Semaphore(20)
+
+            async def bounded(n: int) -> int:
+                async with limit:
+                    return await step(f"s{n}", one)
+
+            total = 0
+            for done in asyncio.as_completed([bounded(n) for n in range(500)]):
+                total += await done
+            return total
+
+        run = TaskRun(task)
+        for n in range(0, 500, 50):
+            run.on(f"s{n}").raises(OSError("down"))
+        assert run.execute() == 500
+        assert len(run.calls) == 510
+
+    def test_a_plain_await_in_the_body_does_not_keep_an_attempt_alive(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            async def dawdle() -> int:
+                await asyncio.sleep(500)
+                return 1
+
+            return sum(await asyncio.gather(step("a", one), dawdle()))
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"))
+        assert run.execute() == 2
+        assert run.attempts[0].ended == 0
+
+    def test_a_failure_of_one_step_for_good_leaves_its_siblings_result(self):
+        @async_task
+        async def task() -> list[Any]:
+            return [
+                str(result) if isinstance(result, BaseException) else result
+                for result in await asyncio.gather(step("a", one), step("b", two), return_exceptions=True)
+            ]
+
+        run = TaskRun(task)
+        run.on("a").raises(NonRetryableError("no"))
+        assert run.execute() == ["Step 'a' failed after 1 attempt: NonRetryableError: no", 2]
+
+
+class TestUnwinding:
+    def test_a_body_is_not_told_of_a_cancellation_when_its_attempt_ends(self):
+        told: list[str] = []
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    one_ = group.create_task(step("a", one))
+                    group.create_task(asyncio.sleep(3))
+                return one_.result()
+            except asyncio.CancelledError:
+                told.append("cancelled")
+                raise
+            except Exception:
+                told.append("an exception")
+                raise
+            finally:
+                told.append("finally")
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"))
+        assert run.execute() == 1
+        assert told == ["finally", "finally"]
+
+    def test_a_body_that_swallows_everything_gets_no_further_step(self):
+        asked: list[str] = []
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> str:
+            try:
+                await step("a", one)
+            except BaseException as error:
+                asked.append(type(error).__name__)
+                try:
+                    await step("sneaky", two)
+                except BaseException as again:
+                    asked.append(type(again).__name__)
+            return "done"
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"))
+        assert run.execute() == "done"
+        assert asked == ["Unwind", "Unwind"]
+        assert run.calls_of("sneaky") == 0
+
+    def test_code_that_never_stops_is_left_behind(self, caplog: pytest.LogCaptureFixture):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            async def cling() -> None:
+                while asyncio.get_running_loop().time() < 100:
+                    try:
+                        await asyncio.sleep(1000)
+                    except BaseException:  # noqa: S112
+                        continue
+
+            clinging = asyncio.create_task(cling())
+            try:
+                return await step("a", one)
+            finally:
+                del clinging
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"))
+        with pytest.raises(RuntimeError, match="has not ended"):
+            run.execute(max_attempts=1)
+        assert "swallows every request to stop" in caplog.text
+
+    def test_a_task_that_calls_sys_exit_does_not_end_its_worker(self):
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> None:
+            raise SystemExit(3)
+
+        with pytest.raises(RuntimeError, match="SystemExit"):
+            TaskRun(task).execute()
+
+
+class TestShutdown:
+    def test_a_draining_worker_finishes_the_step_in_flight_and_begins_no_other(self):
+        run = TaskRun(three_steps)
+        run.on("a").takes(10)
+        run.drain(at=5)
+        assert run.execute() == 6
+        assert outcomes(run) == [Parked, Completed]
+        assert run.attempts[0].ended == 10
+        assert [call.key for call in run.calls] == ["a", "b", "c"]
+
+    def test_a_worker_out_of_grace_gives_the_attempt_back_and_the_call_is_made_again(self):
+        run = TaskRun(three_steps)
+        run.on("a").takes(10)
+        run.interrupt(at=5)
+        assert run.execute() == 6
+        assert run.attempts[0].ended == 5
+        assert [call.key for call in run.calls] == ["a", "a", "b", "c"]
+
+    def test_handovers_count_as_nothing(self):
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> int:
+            return await step("a", one)
+
+        run = TaskRun(task)
+        run.on("a").takes(10)
+        for n in range(20):
+            run.interrupt(at=5 + 5 * n)
+        assert run.execute() == 1
+        assert run.calls_of("a") == 21
+
+    def test_a_body_without_steps_may_finish_within_the_grace(self):
+        @async_task
+        async def single() -> str:
+            await asyncio.sleep(10)
+            return "done"
+
+        run = TaskRun(single)
+        run.drain(at=5)
+        assert run.execute() == "done"
+        assert outcomes(run) == [Completed]
+
+    def test_draining_does_not_shorten_a_backoff(self):
+        run = TaskRun(three_steps)
+        run.on("a").raises(RetryableError("busy", retry_after=500))
+        run.drain(at=0)
+        run.execute()
+        assert [call.at for call in run.calls if call.key == "a"][1] >= 500
+
+
+class TestDeadline:
+    def test_a_backoff_past_the_deadline_fails_the_task_at_once_and_names_the_step(self):
+        @async_task(retry_policy=STEADY, timeout=20)
+        async def task() -> int:
+            return await step("a", one) + await step("b", two)
+
+        run = TaskRun(task)
+        run.on("b").raises(RetryableError("busy", retry_after=30))
+        with pytest.raises(TaskTimeoutError, match=r"within its timeout of 20\.0 s; it was in step 'b'"):
+            run.execute()
+        assert run.elapsed == 0
+        assert [record.key for record in run.journal.done()] == ["a"]
+
+    def test_a_call_that_runs_past_the_deadline_is_left(self):
+        @async_task(timeout=20)
+        async def task() -> int:
+            return await step("a", one)
+
+        run = TaskRun(task)
+        run.on("a").takes(100)
+        with pytest.raises(TaskTimeoutError, match="in step 'a'"):
+            run.execute()
+        assert run.elapsed == 20
+
+
+class TestCancellation:
+    def test_the_body_gets_a_cancelled_error_where_it_awaits_and_may_clean_up_with_steps(self):
+        @async_task
+        async def task() -> int:
+            await step("reserve", one)
+            try:
+                return await step("render", two)
+            except asyncio.CancelledError:
+                await step("release", three)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.cancel(at=10, reason="the customer left")
+        with pytest.raises(TaskCancelledError, match="the customer left"):
+            run.execute()
+        assert [call.key for call in run.calls] == ["reserve", "render", "release"]
+        assert run.elapsed == 10
+        assert {record.key for record in run.journal.done()} == {"reserve", "release"}
+
+    def test_a_cancellation_in_a_backoff_runs_the_cleanup_in_a_new_attempt_and_no_finished_step(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            await step("reserve", one)
+            try:
+                return await step("render", two)
+            except asyncio.CancelledError:
+                await step("release", three)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").raises(RetryableError("busy", retry_after=1000))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["reserve", "render", "release"]
+        assert run.elapsed == 10
+
+    def test_a_cleanup_step_that_fails_is_retried(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            try:
+                return await step("render", two)
+            except asyncio.CancelledError:
+                await step("release", three)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.on("release").raises(OSError("down"), times=2)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["render", "release", "release", "release"]
+
+    def test_cleanup_survives_a_lost_worker(self):
+        @async_task
+        async def task() -> int:
+            try:
+                return await step("render", two)
+            except asyncio.CancelledError:
+                await step("release", three)
+                await step("notify", one)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.on("notify").loses_worker()
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["render", "release", "notify", "notify"]
+
+    def test_gathered_steps_are_all_cancelled(self):
+        @async_task
+        async def task() -> None:
+            await asyncio.gather(step("a", one), step("b", two))
+
+        run = TaskRun(task)
+        run.on("a").takes(100)
+        run.on("b").raises(RetryableError("busy", retry_after=50))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.elapsed == 10
+
+    def test_a_task_without_steps_is_not_called_again_to_be_cancelled(self):
+        calls: list[int] = []
+
+        @async_task(retry_policy=STEADY)
+        async def single() -> None:
+            calls.append(1)
+            raise RetryableError("busy", retry_after=1000)
+
+        run = TaskRun(single)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert calls == [1]
+
+    def test_a_body_that_swallows_its_cancellation_and_returns_has_completed(self):
+        @async_task
+        async def task() -> str:
+            try:
+                await step("render", two)
+            except asyncio.CancelledError:
+                return "kept"
+            return "rendered"
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.cancel(at=10)
+        assert run.execute() == "kept"
+
+    def test_cleanup_that_takes_too_long_is_left(self):
+        @async_task
+        async def task() -> None:
+            try:
+                await step("render", two)
+            except asyncio.CancelledError:
+                await asyncio.sleep(100_000)
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.elapsed == pytest.approx(70)
+        assert outcomes(run) == [Cancelled]
+
+    def test_a_cancelled_error_of_the_bodys_own_making_is_a_failure_and_no_cancellation(self):
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> None:
+            raise asyncio.CancelledError
+
+        with pytest.raises(RuntimeError, match="cancelled by its own code"):
+            TaskRun(task).execute()
+
+
+class TestAtMostOnce:
+    def test_the_start_is_saved_before_the_call(self):
+        @async_task
+        async def task() -> int:
+            return await step.with_options(at_most_once=True)("charge", one)
+
+        run = TaskRun(task)
+        run.execute()
+        assert run.writes == 2
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_lost_outcome_is_told_to_the_body_and_the_call_is_not_made_again(self, when: Any):
+        @async_task
+        async def task() -> str:
+            try:
+                await step.with_options(at_most_once=True)("charge", one)
+            except StepOutcomeUnknownError as error:
+                return await step("ask", str, f"asked about {error.key}")
+            return "charged"
+
+        run = TaskRun(task)
+        run.on("charge").loses_worker(when=when)
+        run.on("ask").loses_worker()
+        assert run.execute() == "asked about charge"
+        assert run.calls_of("charge") == 1
+
+    def test_a_failed_call_is_not_retried_but_for_a_retryable_error(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            return await step.with_options(at_most_once=True)("charge", one)
+
+        run = TaskRun(task)
+        run.on("charge").raises(RetryableError("nothing was done")).raises(OSError("who knows"), times=9)
+        with pytest.raises(StepFailedError, match="who knows"):
+            run.execute()
+        assert run.calls_of("charge") == 2
+
+    def test_a_call_abandoned_at_shutdown_is_not_made_again(self):
+        @async_task
+        async def task() -> int:
+            return await step.with_options(at_most_once=True)("charge", one)
+
+        run = TaskRun(task)
+        run.on("charge").takes(10)
+        run.interrupt(at=5)
+        with pytest.raises(StepOutcomeUnknownError):
+            run.execute()
+        assert run.calls_of("charge") == 1
+
+
+class TestSleep:
+    def test_a_long_sleep_is_spent_outside_of_the_worker_and_is_not_slept_again(self):
+        @async_task
+        async def task() -> int:
+            await sleep("a year", timedelta(days=365))
+            return await step("a", one)
+
+        run = TaskRun(task)
+        run.on("a").loses_worker()
+        assert run.execute() == 1
+        assert run.elapsed == 365 * 86400 + 15
+        assert outcomes(run) == [Parked, Superseded, Completed]
+
+    def test_a_short_sleep_is_spent_in_place(self):
+        @async_task
+        async def task() -> None:
+            await sleep("moment", 0.25)
+
+        run = TaskRun(task)
+        run.execute()
+        assert outcomes(run) == [Completed]
+        assert run.elapsed == 0.25
+
+    def test_a_lost_worker_does_not_prolong_a_sleep(self):
+        @async_task
+        async def task() -> None:
+            await asyncio.gather(sleep("nap", 100), step("a", one))
+
+        run = TaskRun(task, lost_after=30)
+        run.on("a").takes(20).loses_worker()
+        run.execute()
+        assert run.elapsed == 100
+
+    @pytest.mark.parametrize("duration", [-1, float("nan"), float("inf")])
+    def test_an_impossible_duration_is_refused(self, duration: float):
+        @async_task
+        async def task() -> None:
+            await sleep("nap", duration)
+
+        with pytest.raises(StepUsageError, match="must be 0 seconds or more"):
+            TaskRun(task).execute()
+
+
+class TestGenerators:
+    def test_a_generator_yields_steps_and_receives_their_results(self):
+        @async_task
+        def task(n: int):
+            doubled = yield Step("double", lambda: n * 2)
+            more = yield Step("add", lambda: doubled + 1)
+            return more
+
+        run = TaskRun(task, 5)
+        run.on("add").loses_worker()
+        assert run.execute() == 11
+        assert run.calls_of("double") == 1
+
+    def test_an_async_generator_ends_in_a_result(self):
+        @async_task
+        async def task(n: int):
+            doubled = yield Step("double", lambda: n * 2)
+            yield Result(doubled + 1)
+
+        assert TaskRun(task, 5).execute() == 11
+
+    def test_a_generator_may_catch_a_failed_step_and_go_on(self):
+        @async_task
+        def task():
+            try:
+                yield Step("charge", one)
+            except StepFailedError as error:
+                return (yield Step("refund", str, f"refunded {error.key}"))
+
+        run = TaskRun(task)
+        run.on("charge").raises(NonRetryableError("no"))
+        assert run.execute() == "refunded charge"
+
+    def test_an_async_generator_may_catch_a_failed_step_and_go_on(self):
+        @async_task
+        async def task():
+            try:
+                yield Step("charge", one)
+            except StepFailedError as error:
+                yield Result((yield Step("refund", str, f"refunded {error.key}")))
+
+        run = TaskRun(task)
+        run.on("charge").raises(NonRetryableError("no"))
+        assert run.execute() == "refunded charge"
+
+    def test_a_generators_steps_take_options(self):
+        @async_task(retry_policy=STEADY)
+        def task():
+            return (yield Step("a", one).with_options(retry_policy=RetryPolicy(max_retries=0)))
+
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"), times=5)
+        with pytest.raises(StepFailedError):
+            run.execute()
+        assert run.calls_of("a") == 1
+
+    def test_an_async_generator_without_a_result_returns_none(self):
+        @async_task
+        async def task():
+            yield Step("a", one)
+
+        assert TaskRun(task).execute() is None
+
+    @pytest.mark.parametrize("sync", [True, False])
+    def test_a_generator_that_yields_something_else_is_told_what_to_yield(self, sync: bool):
+        def plain():
+            yield 5
+
+        async def asynchronous():
+            yield 5
+
+        task = async_task(name="odd")(plain if sync else asynchronous)
+        with pytest.raises(StepUsageError, match=r"yielded int. Yield Step"):
+            TaskRun(task).execute()
+
+    @pytest.mark.parametrize("sync", [True, False])
+    def test_a_generators_finally_blocks_run_when_its_attempt_ends(self, sync: bool):
+        left: list[str] = []
+
+        def plain():
+            try:
+                return (yield Step("a", one))
+            finally:
+                left.append("left")
+
+        async def asynchronous():
+            try:
+                yield Result((yield Step("a", one)))
+            finally:
+                left.append("left")
+
+        task = async_task(name="tidy", retry_policy=STEADY)(plain if sync else asynchronous)
+        run = TaskRun(task)
+        run.on("a").raises(OSError("down"))
+        assert run.execute() == 1
+        assert left == ["left", "left"]
+
+    def test_a_generator_gets_a_cancelled_error_at_its_yield(self):
+        @async_task
+        async def task():
+            try:
+                yield Step("render", two)
+            except asyncio.CancelledError:
+                yield Step("release", three)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.calls_of("release") == 1
+
+
+class TestMisuse:
+    def test_the_same_key_twice_is_refused_and_not_retried(self):
+        @async_task
+        async def task() -> None:
+            await step("a", one)
+            await step("a", one)
+
+        run = TaskRun(task)
+        with pytest.raises(DuplicateStepError, match="'a'"):
+            run.execute()
+        assert len(run.attempts) == 1
+
+    def test_a_step_inside_of_a_step_is_refused(self):
+        async def nested() -> int:
+            return await step("inner", one)
+
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> int:
+            return await step("outer", nested)
+
+        with pytest.raises(StepFailedError, match="inside of step 'outer'"):
+            TaskRun(task).execute()
+
+    async def test_a_step_outside_of_a_task_is_refused(self):
+        with pytest.raises(StepUsageError, match="outside of a task"):
+            await step("a", one)
+
+    @pytest.mark.parametrize("key", ["", "  ", "a\0b", "line\nbreak", "\ud800", "x" * 256, "é" * 128, 5, None, b"a"])
+    def test_what_cannot_be_a_key_is_refused_before_anything_is_called(self, key: Any):
+        @async_task
+        async def task() -> None:
+            await step(key, one)
+
+        run = TaskRun(task)
+        with pytest.raises(InvalidKeyError):
+            run.execute()
+        assert run.calls == []
+
+    @pytest.mark.parametrize("key", ["a", "Größe 🖼", "x" * 255, "a/b:c", "é" * 127])
+    def test_any_other_text_is_taken_as_it_is(self, key: str):
+        @async_task
+        async def task() -> int:
+            return await step(key, one)
+
+        run = TaskRun(task)
+        assert run.execute() == 1
+        assert [record.key for record in run.journal.done()] == [key]
+
+    def test_a_result_that_cannot_be_serialised_fails_the_step_by_name(self):
+        @async_task
+        async def task() -> None:
+            await step("a", threading.Lock)
+
+        run = TaskRun(task)
+        with pytest.raises(ResultError, match="Step 'a': a value of type lock cannot be serialised"):
+            run.execute()
+        assert run.calls_of("a") == 1
+
+    def test_a_result_that_does_not_fit_its_annotation_stays_in_the_journal(self):
+        def wrong() -> int:
+            return "not a number"  # type: ignore[return-value]
+
+        @async_task
+        async def task() -> None:
+            await step("a", wrong)
+
+        run = TaskRun(task)
+        with pytest.raises(ResultError, match="Step 'a': the stored value does not fit int"):
+            run.execute()
+        assert [record.key for record in run.journal.done()] == ["a"]
+        assert run.calls_of("a") == 1
+
+    def test_an_annotation_that_is_not_there_at_run_time_is_refused_before_the_call(self):
+        def unresolved():
+            return 1
+
+        unresolved.__annotations__["return"] = "NotImported"
+
+        @async_task
+        async def task() -> None:
+            await step("a", unresolved)
+
+        run = TaskRun(task)
+        with pytest.raises(StepUsageError, match="NotImported"):
+            run.execute()
+        assert run.calls == []
+
+    def test_a_result_over_the_limit_is_refused_and_what_was_finished_stays(self):
+        @async_task
+        async def task() -> None:
+            await step("small", one)
+            await step("large", lambda: "x" * 2_200_000)
+
+        run = TaskRun(task)
+        with pytest.raises(PayloadTooLargeError, match="'large'"):
+            run.execute()
+        assert [record.key for record in run.journal.done()] == ["small"]
+        assert run.calls_of("large") == 1
+
+    def test_a_journal_that_would_grow_past_the_limit_is_refused_at_the_step_that_would(self):
+        @async_task
+        async def task() -> None:
+            for n in range(10):
+                await step(f"s{n}", lambda: "x" * 500_000)
+
+        run = TaskRun(task)
+        with pytest.raises(PayloadTooLargeError, match="'s4'"):
+            run.execute()
+        assert [record.key for record in run.journal.done()] == ["s0", "s1", "s2", "s3"]
+
+
+class TestWhatTheCodeSees:
+    def test_the_run_and_the_step_are_known_in_calls_in_threads_and_in_the_body(self):
+        seen: dict[str, Any] = {}
+
+        def in_a_call() -> None:
+            seen["call"] = (current_run().task_id, current_step().key, current_step().attempt)
+
+        @async_task(retry_policy=STEADY)
+        async def task(params: str) -> None:
+            seen["body"] = (current_run().params, current_run().attempt, current_step().key)
+            await step("a", in_a_call)
+
+        run = TaskRun(task, "params", task_id="run-7")
+        run.on("a").raises(OSError("down"))
+        run.execute()
+        assert seen == {"body": ("params", 2, "task"), "call": ("run-7", "a", 2)}
+
+    def test_an_idempotency_key_is_stable_over_retries_and_lost_workers_and_differs_between_steps_and_runs(self):
+        keys: dict[str, set[str]] = {"a": set(), "b": set()}
+        failures = [OSError("down")]
+
+        def note() -> None:
+            keys[current_step().key].add(current_step().idempotency_key)
+            if failures:
+                raise failures.pop()
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            await step("a", note)
+            await step("b", note)
+
+        run = TaskRun(task, task_id="first")
+        run.on("a").loses_worker(when="after")
+        run.execute()
+        assert len(keys["a"]) == len(keys["b"]) == 1
+        TaskRun(task, task_id="second").execute()
+        assert len(keys["a"] | keys["b"]) == 4
+
+    def test_context_variables_reach_the_calls(self):
+        tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant")
+
+        @async_task
+        async def task() -> str:
+            tenant.set("acme")
+            return await step("a", tenant.get)
+
+        assert TaskRun(task).execute() == "acme"
+
+    def test_finished_steps_tell_their_calls_and_times(self):
+        run = TaskRun(three_steps)
+        run.on("b").raises(OSError("down"), times=2)
+        run.execute()
+        b = run.journal.get("b")
+        assert b is not None
+        assert (b.state, b.calls, b.started, b.finished) == (StepState.COMPLETED, 3, 0, 30)
+
+
+class TestOutcomes:
+    def test_every_failure_carries_the_journal(self):
+        run = TaskRun(three_steps)
+        run.on("c").raises(NonRetryableError("no"))
+        with pytest.raises(StepFailedError):
+            run.execute()
+        assert outcomes(run) == [Failed]
+        assert [record.key for record in run.journal.done()] == ["a", "b"]
+        assert run.journal.get("c").state is StepState.FAILED  # type: ignore[union-attr]
+
+    def test_a_result_that_cannot_be_serialised_fails_the_task(self):
+        @async_task
+        async def task() -> Any:
+            return object()
+
+        with pytest.raises(ResultError, match="object cannot be serialised"):
+            TaskRun(task).execute()
