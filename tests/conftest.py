@@ -4,8 +4,8 @@ import uuid
 from collections.abc import AsyncIterator
 
 import pytest
-from support import App, MeteredClient
 
+from support import App, Meter
 from temporal_async_task.devserver import DevServer
 
 
@@ -25,6 +25,6 @@ async def app(server: DevServer) -> AsyncIterator[App]:
 
 
 @pytest.fixture(scope="session")
-def metered() -> MeteredClient:
-    """A client whose calls to the server can be counted."""
-    return MeteredClient()
+def meter() -> Meter:
+    """Counts calls to the server."""
+    return Meter()

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from temporalio.client import Client
 from temporalio.runtime import MetricBuffer, Runtime, TelemetryConfig
 
 from temporal_async_task import (
@@ -45,7 +44,7 @@ async def wait_until(condition: Callable[[], Any], *, timeout: float = 10.0, int
         if value:
             return value
         if time.monotonic() >= deadline:
-            raise AssertionError(f"not true within {timeout} s: {inspect.getsource(condition).strip()}; last: {value!r}")
+            raise AssertionError(_not_true(condition, timeout, value))
         await asyncio.sleep(interval)
 
 
@@ -64,7 +63,11 @@ async def status_when(
         if condition(last):
             return last
         await asyncio.sleep(0.03)
-    raise AssertionError(f"not true within {timeout} s: {inspect.getsource(condition).strip()}; last: {last}")
+    raise AssertionError(_not_true(condition, timeout, last))
+
+
+def _not_true(condition: Callable[..., Any], timeout: float, last: Any) -> str:
+    return f"not true within {timeout} s: {inspect.getsource(condition).strip()} - at last it was {last!r}"
 
 
 def ended(run: TaskResult[Any]) -> bool:
@@ -89,7 +92,7 @@ class App:
 
     def component(self, *tasks: TemporalAsyncTask[Any, Any], **config: Any) -> AsyncTaskComponent:
         """A component that knows the tasks, and is neither connected nor started."""
-        settings = {"temporal_address": self.address, "task_queue": self.queue, "graceful_shutdown_timeout": 1.0}
+        settings = {"temporal_address": self.address, "task_queue": self.queue, "graceful_shutdown_timeout": 0.05}
         component = AsyncTaskComponent(AsyncTaskComponentConfig(**{**settings, **config}))
         component.register_all(tasks)
         self._components.append(component)
@@ -111,15 +114,22 @@ class App:
         await asyncio.gather(*(component.stop() for component in self._components))
 
 
-class MeteredClient:
-    """A client whose calls to the server are counted where they leave the process: by the SDK's own metrics."""
+class Meter:
+    """Counts the calls to the server where they leave the process: by the SDK's own metrics."""
 
     def __init__(self) -> None:
         self._buffer = MetricBuffer(100_000)
         self._runtime = Runtime(telemetry=TelemetryConfig(metrics=self._buffer))
 
-    async def connect(self, address: str, **options: Any) -> Client:
-        return await Client.connect(address, runtime=self._runtime, **options)
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Count the calls of each component that connects meanwhile."""
+        before = Runtime.default()
+        Runtime.set_default(self._runtime, error_if_already_set=False)
+        try:
+            yield
+        finally:
+            Runtime.set_default(before, error_if_already_set=False)
 
     def calls(self) -> list[str]:
         """The operations that were asked of the server since this was called last."""
@@ -144,7 +154,8 @@ class WorkerProcess:
             "PYTHONPATH": os.pathsep.join(sys.path),
             **env,
         }
-        self._stderr = tempfile.TemporaryFile()  # and not a pipe, which would fill up and block the worker
+        # A file and not a pipe, which would fill up and block the worker.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, program],
             env=variables,

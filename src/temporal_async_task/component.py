@@ -209,7 +209,7 @@ class _Workers:
                 raw,
                 task_queue=queue,
                 workflows=[TaskWorkflow],
-                activities=[self._activity.run],
+                activities=[self._activity.run, self._activity.collect],
                 # The one workflow is the library's own and deterministic; the sandbox would import it anew each run.
                 workflow_runner=UnsandboxedWorkflowRunner(),
                 # Beyond the component's own grace: it is the engine that ends attempts, with their journals.

@@ -142,8 +142,8 @@ class StepFailedError(AsyncTaskError):
     """
 
     def __init__(self, key: str, attempts: int, error_type: str, message: str) -> None:
-        calls = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        super().__init__(f"Step {key!r} failed after {calls}: {error_type}: {message}")
+        calls = {0: "", 1: " after 1 attempt"}.get(attempts, f" after {attempts} attempts")
+        super().__init__(f"Step {key!r} failed{calls}: {error_type}: {message}")
         self.key = key
         self.attempts = attempts
         self.error_type = error_type

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -277,6 +277,56 @@ class TemporalAsyncTask(Generic[P, R]):
         """Submit, and wait for the result. Arguments and errors are those of ``submit`` and ``result``."""
         task_id = await self.submit(params, task_id=task_id, delay=delay)
         return await self.result(task_id, timeout=timeout)
+
+    async def cancel(self, task_id: str, reason: str = "") -> None:
+        """Cancel a run: its body gets ``CancelledError`` where it waits, and may clean up with further steps.
+
+        Returns once the request is durable. A waiting run is cancelled within about a second, a running step within
+        the keep-alive interval (a third of the heartbeat timeout, at most five seconds). Cancelling twice, or a run
+        that has ended, changes nothing. A cancelled run can be resumed.
+
+        Args:
+            task_id: The run's id.
+            reason: Shown as the run's error.
+
+        Raises:
+            TaskNotFoundError: No run of this task has the id.
+        """
+        await self._connected().cancel(self._address, _known_text(task_id, self.name), reason)
+
+    async def resume(self, task_id: str, *, redo: Collection[str] = ()) -> str:
+        """Have a run that failed or was cancelled go on from its last finished step, with the same id and params.
+
+        Steps that failed get all of their tries anew. The task's ``timeout`` begins anew, too.
+
+        Args:
+            task_id: The run's id.
+            redo: Keys of finished steps that are to be done again.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            TaskConflictError: The run is going on, has completed, or has no finished step of ``redo``.
+            TaskNotFoundError: No run of this task has the id.
+        """
+        await self._connected().resume(self._address, _known_text(task_id, self.name), redo)
+        return task_id
+
+    async def send(self, task_id: str, key: str, value: Any = None) -> None:
+        """Send an event to a run, whose body waits for it with ``wait_for(key)``, now or later.
+
+        Args:
+            task_id: The run's id.
+            key: Names the event. Of several with one key the first counts.
+            value: What ``wait_for`` returns.
+
+        Raises:
+            TaskNotFoundError: No run of this task has the id.
+            TaskConflictError: The run has ended.
+        """
+        check_text(key, "The key of an event")
+        await self._connected().send(self._address, _known_text(task_id, self.name), key, value)
 
     async def list(
         self, *, status: TaskStatus | str | None = None, limit: int | None = 100

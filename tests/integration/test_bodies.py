@@ -13,9 +13,18 @@ from uuid import UUID
 import pytest
 import typing_extensions
 from pydantic import BaseModel
-from support import App
 
-from temporal_async_task import Result, RetryPolicy, Step, StepFailedError, TaskFailedError, TemporalAsyncTask, async_task, step
+from support import App
+from temporal_async_task import (
+    Result,
+    RetryPolicy,
+    Step,
+    StepFailedError,
+    TaskFailedError,
+    TemporalAsyncTask,
+    async_task,
+    step,
+)
 
 
 class Size(BaseModel):

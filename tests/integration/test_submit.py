@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from support import App, ended, status_when, wait_until
 
+from support import App, ended, status_when, wait_until
 from temporal_async_task import (
     RetryPolicy,
     TaskConflictError,
     TaskFailedError,
     TaskNotFoundError,
     TaskStatus,
+    TemporalAsyncTask,
     async_task,
     step,
 )
@@ -30,16 +31,15 @@ def unique(prefix: str = "run") -> str:
 
 
 class Gate:
-    """Holds the calls that pass through it, and counts them."""
+    """Holds the calls that pass through it until it is open, and keeps what they were called with."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.open = asyncio.Event()
+        self.is_open = False
 
     async def pass_through(self, value: Any) -> Any:
         self.calls.append(value)
-        while not self.open.is_set():  # set on another event loop
-            await asyncio.sleep(0.01)
+        await wait_until(lambda: self.is_open, timeout=60)
         return value
 
 
@@ -99,7 +99,7 @@ async def test_the_same_id_and_params_are_one_run_while_it_is_running(app: App):
     task_id = await hold.submit(Order(prompt="cup"), task_id=unique())
     await wait_until(lambda: gate.calls)
     assert await hold.submit(Order(prompt="cup"), task_id=task_id) == task_id
-    gate.open.set()
+    gate.is_open = True
     assert await hold.result(task_id) == Order(prompt="cup")
     assert len(gate.calls) == 1
 
@@ -171,7 +171,7 @@ async def test_other_params_for_an_id_in_use_are_a_conflict_while_it_runs_and_af
     task_id = await hold.submit(Order(prompt="cup"), task_id=unique())
     with pytest.raises(TaskConflictError, match=rf"'{task_id}' was submitted before with other params"):
         await hold.submit(Order(prompt="plate"), task_id=task_id)
-    gate.open.set()
+    gate.is_open = True
     assert await hold.result(task_id) == Order(prompt="cup")
     with pytest.raises(TaskConflictError, match="choose another id, or submit the same params"):
         await hold.submit(Order(prompt="plate"), task_id=task_id)
@@ -184,7 +184,7 @@ async def test_an_id_of_another_task_is_a_conflict(app: App):
 
     await app.connect(shoot, other)
     task_id = await shoot.submit(Order(prompt="cup"), task_id=unique())
-    with pytest.raises(TaskConflictError, match="run of another task or workflow. Choose another id"):
+    with pytest.raises(TaskConflictError, match=r"run of another task or workflow\. Choose another id"):
         await other.submit(Order(prompt="cup"), task_id=task_id)
 
 
@@ -192,7 +192,7 @@ async def test_an_id_of_some_other_workflow_is_a_conflict(app: App):
     component = await app.connect(shoot)
     task_id = unique()
     await component.client.start_workflow("SomethingElse", id=task_id, task_queue=app.queue)
-    with pytest.raises(TaskConflictError, match="run of another task or workflow. Choose another id"):
+    with pytest.raises(TaskConflictError, match=r"run of another task or workflow\. Choose another id"):
         await shoot.submit(Order(prompt="cup"), task_id=task_id)
 
 
@@ -258,7 +258,7 @@ async def test_a_wait_for_the_result_that_takes_too_long_is_over_and_the_run_goe
     task_id = await hold.submit("patience")
     with pytest.raises(TimeoutError, match=rf"Run '{task_id}' of task 'hold' has not ended within 0.2 s; it goes on"):
         await hold.result(task_id, timeout=0.2)
-    gate.open.set()
+    gate.is_open = True
     assert await hold.result(task_id, timeout=10) == "patience"
     assert gate.calls == ["patience"]
 
@@ -296,9 +296,9 @@ async def test_the_list_has_the_runs_of_its_task_alone_newest_first(app: App):
     name = unique("listed")
 
     async def nothing(number: int) -> int:
-        return await step("once", number.__abs__)
+        return await step("once", abs, number)
 
-    listed, other = (type(shoot)(name + suffix, nothing) for suffix in ("", "-other"))
+    listed, other = (TemporalAsyncTask(name + suffix, nothing) for suffix in ("", "-other"))
     await app.start(listed, other)
     ids = []
     for number in range(3):
@@ -325,7 +325,7 @@ async def test_the_list_can_be_asked_for_the_runs_with_one_status(app: App):
             raise TypeError(what)
         return await gate.pass_through(what) if what == "hold" else what
 
-    task = type(shoot)(unique("listed"), act)
+    task = TemporalAsyncTask(unique("listed"), act)
     worker = await app.start(task)
     ids = {what: await task.submit(what) for what in ("complete", "fail", "hold")}
     await status_when(task, ids["complete"], ended)
@@ -338,7 +338,7 @@ async def test_the_list_can_be_asked_for_the_runs_with_one_status(app: App):
     assert await wait_until(lambda: has_length(1, listing(TaskStatus.COMPLETED))) == [ids["complete"]]
     assert await wait_until(lambda: has_length(1, listing(TaskStatus.FAILED))) == [ids["fail"]]
     assert await wait_until(lambda: has_length(1, listing(TaskStatus.PROCESSING))) == [ids["hold"]]
-    gate.open.set()
+    gate.is_open = True
     await task.result(ids["hold"])
     await worker.stop()
     waiting = await task.submit("complete")

@@ -11,12 +11,12 @@ import asyncio
 import concurrent.futures
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from temporalio import activity
-from temporalio.api.common.v1 import Payload
+from temporalio.api.common.v1 import Payload, WorkflowExecution
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
@@ -33,6 +33,7 @@ from temporal_async_task.engine.runner import (
     RunSettings,
     Superseded,
 )
+from temporal_async_task.engine.stopping import pause_reason, stop_and_collect
 from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail
 from temporal_async_task.errors import ParamsError, ResultError
@@ -85,6 +86,22 @@ class AttemptActivity:
         for attempt in self._running:
             attempt.tell(Runner.interrupt)
 
+    @activity.defn(name=wire.COLLECT_ACTIVITY)
+    async def collect(self, request: RawValue) -> RawValue:
+        """Stop the activity of the run that asks where it stands, and return its journal.
+
+        Paused, it begins no new attempt; a running one learns of it with its next heartbeat, and cancels its body.
+        What it leaves, or what lay there in a backoff, is the journal: nothing can change it any more.
+
+        Returns:
+            ``wire.pack`` of a marker and the journal; of nothing if the activity has ended by itself.
+        """
+        info = activity.info()
+        reason = wire.CancelRequest.from_payload(request.payload).reason
+        execution = WorkflowExecution(workflow_id=info.workflow_id or "", run_id=info.workflow_run_id or "")
+        journal = await stop_and_collect(self.client, execution, wire.PAUSED_TO_CANCEL + reason)
+        return RawValue(wire.pack([] if journal is None else [Payload(), *journal]))
+
     @activity.defn(dynamic=True)
     async def run(self, args: Sequence[RawValue]) -> Any:
         """Run one attempt. Its outcome goes by task token, so there is nothing to return."""
@@ -110,20 +127,23 @@ class _Attempt:
         self._client = owner.client
         self._input = wire.AttemptInput.from_payload(args[0].payload)
         self._params = args[1].payload
-        details = info.heartbeat_details or args[2:]
+        details = info.heartbeat_details or args[2:4]
         self._details: list[Payload] = [value.payload for value in details]
+        values = [value.payload.SerializeToString() for value in args[4:]]
+        self._events = dict(zip(self._input.events, values, strict=True))
         self.task_id = info.workflow_id or info.activity_id
         self._values = PayloadValues(owner.converter, info.namespace, self.task_id)
         self._runner: Runner | None = None
-        self._requests: list[Any] = []
+        self._requests: list[Callable[[Runner], None]] = []
         self._main_loop = asyncio.get_running_loop()
         # The server's clock, so that a worker's own may be wrong: due times outlive the attempt.
         self._clock_offset = info.started_time.timestamp() - time.monotonic()
         self._writer: JournalWriter
+        self._stopping = False
 
     # Told by the worker and by the server
 
-    def tell(self, request: Any) -> None:
+    def tell(self, request: Callable[[Runner], None]) -> None:
         """Call a method of the runner on its own loop, now or as soon as there is one."""
         if self._runner is None:
             self._requests.append(request)
@@ -133,9 +153,19 @@ class _Attempt:
     def superseded(self) -> None:
         self.tell(Runner.supersede)
 
-    def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
-        """Paused or reset, by an operator: no new step, and the attempt is given back."""
-        if answer.activity_paused or answer.activity_reset:
+    async def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
+        """Paused to be cancelled; or paused or reset by an operator: no new step, and the attempt is given back."""
+        if self._stopping:
+            return
+        self._stopping = True
+        reason = None
+        if answer.activity_paused:
+            execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
+            reason = await pause_reason(self._client, execution)
+        if reason is not None and reason.startswith(wire.PAUSED_TO_CANCEL):
+            text = reason.removeprefix(wire.PAUSED_TO_CANCEL)
+            self.tell(lambda runner: runner.cancel(text))
+        else:
             self.tell(Runner.drain)
 
     # The runner's carrier; called on the user's loop
@@ -202,6 +232,7 @@ class _Attempt:
             threads=self._owner.threads,
             return_type=return_type,
             cancelled=journal.cancel_reason is not None,
+            events=self._events,
         )
         heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
         self._writer = JournalWriter(
@@ -241,14 +272,17 @@ class _Attempt:
         match outcome:
             case Completed(result):
                 payload = Payload.FromString(result)
-                header = (await self._encode_header(journal.snapshot().header)).SerializeToString()
+                header = (await self._encode(journal.snapshot()))[0].SerializeToString()
                 if payload.ByteSize() + len(header) <= MAX_PAYLOAD:
                     payload.metadata[wire.RESULT_JOURNAL] = header
                 await complete(self._client, token, payload)
             case Failed(error):
                 await self._end(error, type(error).__name__, journal)
             case Cancelled(reason):
-                await self._end(RuntimeError(reason or "cancelled"), wire.CANCELLED, journal)
+                await self._end(RuntimeError(reason), wire.CANCELLED, journal)
+            case Parked(due, _, events) if events:
+                hold = wire.Hold(None if due == float("inf") else due, events)
+                await complete(self._client, token, wire.hold_payload(hold, await self._encode(journal.snapshot())))
             case Parked(due, reason):
                 delay = timedelta(seconds=max(due - self.now(), 0.0))
                 await self._give_back(reason, delay, await self._encode(journal.snapshot(), ended=True))
@@ -270,7 +304,7 @@ class _Attempt:
 
     async def _leave(self, reason: str) -> None:
         """Give the attempt back untouched: this worker cannot serve the run."""
-        details = self._details or [_json(b"null"), _bytes(b"")]
+        details = self._details or await self._values.encode_journal(Journal().snapshot())
         details[0].metadata[wire.ATTEMPTS] = str(self._info.attempt).encode()
         await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details)
 
@@ -286,29 +320,20 @@ class _Attempt:
     # The journal, to and from payloads
 
     async def _read_journal(self) -> Journal:
+        journal = await self._values.decode_journal(self._details)
         accounted = 0
-        journal = Journal()
-        if self._details:
-            header, results = self._details
-            [plain] = await self._values.decode_raw([header])
-            if plain.data != b"null":
-                journal = Journal.restore(Snapshot(plain.data, results.data))
-            if self._info.heartbeat_details:
-                accounted = int(header.metadata.get(wire.ATTEMPTS, b"0"))
-            else:
-                journal.earlier = journal.attempt
+        if self._info.heartbeat_details:
+            accounted = int(self._details[0].metadata.get(wire.ATTEMPTS, b"0"))
+        else:  # the first attempt of an activity that goes on where another was stopped
+            journal.earlier = journal.attempt
         journal.count_lost(max(self._info.attempt - 1 - accounted, 0))
         return journal
 
     async def _encode(self, snapshot: Snapshot, *, ended: bool = False) -> list[Payload]:
-        header = await self._encode_header(snapshot.header)
+        header, results = await self._values.encode_journal(snapshot)
         attempts = self._info.attempt if ended else self._info.attempt - 1
         header.metadata[wire.ATTEMPTS] = str(attempts).encode()
-        return [header, _bytes(snapshot.results)]
-
-    async def _encode_header(self, header: bytes) -> Payload:
-        [payload] = await self._values.encode_raw([_json(header)])
-        return payload
+        return [header, results]
 
 
 def _json(data: bytes) -> Payload:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.describe import completed, failed, failure_of, running
+from temporal_async_task.engine.resume import find_remains
 from temporal_async_task.engine.values import PayloadValues, digest
 from temporal_async_task.errors import (
     AsyncTaskError,
@@ -74,7 +75,12 @@ class WorkflowBackend:
         except PayloadTooLargeError as error:
             raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
         fingerprint = digest(plain)
-        start = wire.TaskInput(origin=origin, heartbeat_timeout=task.heartbeat_timeout, timeout=task.timeout)
+        start = wire.TaskInput(
+            origin=origin,
+            heartbeat_timeout=task.heartbeat_timeout,
+            timeout=task.timeout,
+            delay=delay.total_seconds() if delay else 0.0,
+        )
         try:
             await self._client.start_workflow(
                 task.workflow_type,
@@ -84,7 +90,6 @@ class WorkflowBackend:
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo={wire.MEMO_PARAMS: await values.to_payload(fingerprint)},
-                start_delay=delay,
             )
         except WorkflowAlreadyStartedError:
             await self._check_same(task, task_id, fingerprint)
@@ -127,6 +132,72 @@ class WorkflowBackend:
                 yield found.id
         except RPCError as error:
             raise translated(error, self._client) from error
+
+    async def resume(self, task: TaskAddress, task_id: str, redo: Collection[str]) -> None:
+        """Start a run that has failed or was cancelled again, with its params and its journal."""
+        found = await self._found(task, task_id)
+        info = found.workflow_execution_info
+        if info.status in _RUNNING:
+            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} is going on; there is nothing to resume.")
+        if info.status == WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_COMPLETED:
+            raise TaskConflictError(
+                f"Run {task_id!r} of task {task.name!r} has completed; get its result, or submit another run."
+            )
+        values = self._values(task_id)
+        try:
+            remains = await find_remains(self._client, found, values)
+            snapshot = remains.journal.reopen(redo).snapshot()
+        except KeyError as error:
+            raise TaskConflictError(
+                f"Run {task_id!r} of task {task.name!r} has no finished step {error.args[0]!r} to do again."
+            ) from None
+        except RPCError as error:
+            raise translated(error, self._client) from error
+        header, results = await values.encode_journal(snapshot)
+        start = replace(remains.start, heartbeat_timeout=task.heartbeat_timeout, timeout=task.timeout, delay=0.0)
+        memo = {
+            wire.MEMO_PARAMS: info.memo.fields[wire.MEMO_PARAMS],
+            wire.MEMO_CREATED: info.memo.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.start_time),
+            wire.MEMO_JOURNAL: header,
+        }
+        try:
+            await self._client.start_workflow(
+                task.workflow_type,
+                args=[RawValue(part) for part in (start.to_payload(), remains.params, header, results)],
+                id=task_id,
+                task_queue=task.task_queue,
+                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY,
+                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                memo=memo,
+            )
+        except WorkflowAlreadyStartedError:
+            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} was resumed by somebody else.") from None
+        except RPCError as error:
+            raise translated(error, self._client) from error
+
+    async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
+        """Ask for a run's cancellation; nothing happens to one that has ended."""
+        await self._signal(task, task_id, wire.SIGNAL_CANCEL, wire.CancelRequest(reason).to_payload())
+
+    async def send(self, task: TaskAddress, task_id: str, key: str, value: Any) -> None:
+        """Send an event to a run."""
+        payload = await self._values(task_id).to_payload(value)
+        if not await self._signal(task, task_id, wire.SIGNAL_EVENT, wire.EventInput(key).to_payload(), payload):
+            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} has ended; it waits for no event.")
+
+    async def _signal(self, task: TaskAddress, task_id: str, name: str, *args: Payload) -> bool:
+        """Signal a run; False if it has ended."""
+        info = (await self._found(task, task_id)).workflow_execution_info
+        if info.status not in _RUNNING:
+            return False
+        handle = self._client.get_workflow_handle(task_id, run_id=info.execution.run_id)
+        try:
+            await handle.signal(name, args=[RawValue(arg) for arg in args])
+        except RPCError as error:
+            if error.status == RPCStatusCode.NOT_FOUND:  # it has ended meanwhile
+                return False
+            raise translated(error, self._client) from error
+        return True
 
     async def _found(self, task: TaskAddress, task_id: str) -> DescribeWorkflowExecutionResponse:
         found = await self._describe(task_id)

@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from temporalio.api.common.v1 import Payload
-from temporalio.api.enums.v1 import PendingActivityState, WorkflowExecutionStatus
+from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.failure.v1 import Failure
 from temporalio.exceptions import FailureError
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, StepRecord
+from temporal_async_task.engine.stopping import IN_AN_ATTEMPT
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ async def running(task_id: str, found: DescribeWorkflowExecutionResponse, values
     """A run that has not ended."""
     info = found.workflow_execution_info
     activity = next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)
-    if activity is None:  # between the workflow and its activity
-        held = info.memo.fields.get(wire.MEMO_JOURNAL)
-        journal = await _journal([held] if held else [], values)
-        return _picture(task_id, TaskStatus.PENDING, info, journal)
-    details = activity.heartbeat_details.payloads
-    journal = await _journal(details[:1], values)
-    waiting = activity.state != PendingActivityState.PENDING_ACTIVITY_STATE_STARTED
-    if waiting and activity.attempt <= 1:
+    held = info.memo.fields.get(wire.MEMO_JOURNAL)
+    details = activity.heartbeat_details.payloads[:1] if activity else ()
+    journal = await _journal(details or ([held] if held else []), values)
+    if activity is None:  # before the first activity, or between two: the workflow waits for an event
+        status = TaskStatus.PROCESSING if held else TaskStatus.PENDING
+        due = min((record.due for record in journal if record.due is not None), default=None)
+        return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
+    waiting = activity.state not in IN_AN_ATTEMPT
+    if waiting and activity.attempt <= 1 and not held:
         return _picture(task_id, TaskStatus.PENDING, info, journal)
     next_retry_at = None
     if waiting and activity.HasField("next_attempt_schedule_time"):
@@ -55,7 +57,7 @@ async def running(task_id: str, found: DescribeWorkflowExecutionResponse, values
         TaskStatus.PROCESSING,
         info,
         journal,
-        attempt=activity.attempt,
+        attempt=max(activity.attempt, journal.attempt),
         started_at=_time(activity.last_started_time) if activity.HasField("last_started_time") else None,
         next_retry_at=next_retry_at,
         last_error=last_error,
@@ -80,10 +82,12 @@ async def failed(
     plain = await values.plain_failure(failure)
     error_type = _ENDED_WITHOUT_CODE.get(info.status) or plain.application_failure_info.type or "Error"
     details: Sequence[Payload] = plain.application_failure_info.details.payloads
-    if found.pending_activities:  # ended from outside, in the middle of an attempt: its journal is where it was
-        journal = await _journal(found.pending_activities[0].heartbeat_details.payloads[:1], values)
-    else:
-        journal = Journal.of_header(details[0].data) if details else Journal()
+    if details:
+        journal = Journal.of_header(details[0].data)
+    else:  # ended from outside: the journal is where it was
+        held = info.memo.fields.get(wire.MEMO_JOURNAL)
+        pending = found.pending_activities[0].heartbeat_details.payloads[:1] if found.pending_activities else ()
+        journal = await _journal(pending or ([held] if held else []), values)
     return _picture(
         task_id,
         TaskStatus.FAILED,
@@ -108,7 +112,7 @@ async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     if not header:
         return Journal()
     [plain] = await values.decode_raw(list(header))
-    return Journal() if plain.data in {b"", b"null"} else Journal.of_header(plain.data)
+    return Journal.of_header(plain.data)
 
 
 def _picture(
@@ -123,7 +127,7 @@ def _picture(
     return TaskResult(
         task_id=task_id,
         status=status,
-        created_at=_time(info.start_time),
+        created_at=_created(info),
         current_step=unfinished[0].key if unfinished and status is TaskStatus.PROCESSING else None,
         completed_steps=tuple(record.key for record in journal if record.state is StepState.COMPLETED),
         steps=tuple(_step(record) for record in records),
@@ -131,6 +135,11 @@ def _picture(
         progress_message=message or None,
         **fields,
     )
+
+
+def _created(info: WorkflowExecutionInfo) -> datetime:
+    first = info.memo.fields.get(wire.MEMO_CREATED)
+    return _time(wire.created_time(first) if first else info.start_time)
 
 
 def _step(record: StepRecord) -> StepStatus:

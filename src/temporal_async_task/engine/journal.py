@@ -158,19 +158,26 @@ class Journal:
         self._open.pop(record.key, None)
         self._add_done(record)
 
-    def reopen(self, keys: Iterable[str] = ()) -> Journal:
-        """A journal for another try: failed steps and ``keys`` start anew, all other results stay.
+    def reopen(self, redo: Iterable[str] = ()) -> Journal:
+        """A journal for another try: steps that failed, and those to ``redo``, start anew; all other results stay.
+
+        A step that was running stays so: of one with ``at_most_once`` the outcome is unknown, and a resume must not
+        call it again. One that waits goes on waiting until the same time.
 
         Raises:
-            KeyError: One of ``keys`` was not finished.
+            KeyError: One of ``redo`` was not finished.
         """
-        redo = set(keys)
-        if missing := redo - self._done.keys():
+        again = set(redo)
+        if missing := again - self._done.keys():
             raise KeyError(", ".join(sorted(missing)))
         fresh = Journal(started=self.started, attempt=self.attempt)
         for record in self._done.values():
-            if record.key not in redo:
+            if record.key not in again:
                 fresh._add_done(record)
+        for record in self._open.values():
+            if record.state in {StepState.RUNNING, StepState.WAITING}:
+                record.failures = record.lost = 0
+                fresh._open[record.key] = record
         return fresh
 
     def _add_done(self, record: StepRecord) -> None:

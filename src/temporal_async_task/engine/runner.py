@@ -470,7 +470,8 @@ class Runner:
                 raise _recorded_failure(record)
             while record.state is not StepState.COMPLETED:
                 now = self._carrier.now()
-                record.due = _NEVER if timeout is None else self._started(record) + timeout
+                started = self._started(record)
+                record.due = _NEVER if timeout is None else started + timeout
                 record.state = StepState.WAITING
                 await self._refuse_cancelled()
                 if key in self._events:

@@ -13,7 +13,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from temporalio.api.failure.v1 import Failure
 from temporalio.converter import DataConverter, WorkflowSerializationContext
 from temporalio.exceptions import FailureError
 
+from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.errors import ConfigError, PayloadTooLargeError, ResultError, StepUsageError
 from temporal_async_task.steps import Result
 
@@ -76,6 +77,19 @@ class PayloadValues:
     async def decode(self, data: bytes, type_hint: Any = None) -> Any:
         """As ``from_payload``, from bytes."""
         return await self.from_payload(Payload.FromString(data), type_hint)
+
+    async def encode_journal(self, snapshot: Snapshot) -> list[Payload]:
+        """A journal's two payloads. The results were encoded one by one, so only the header goes through the codec."""
+        [header] = await self.encode_raw([Payload(metadata={"encoding": b"json/plain"}, data=snapshot.header)])
+        return [header, Payload(metadata={"encoding": b"binary/plain"}, data=snapshot.results)]
+
+    async def decode_journal(self, payloads: Sequence[Payload]) -> Journal:
+        """The journal of ``encode_journal``'s payloads; an empty one of none."""
+        if not payloads:
+            return Journal()
+        header, results = payloads
+        [plain] = await self.decode_raw([header])
+        return Journal.restore(Snapshot(plain.data, results.data))
 
     async def encode_raw(self, payloads: list[Payload]) -> list[Payload]:
         """Payloads of the engine's own, through the application's codec."""

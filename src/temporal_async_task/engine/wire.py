@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
-from temporalio.api.common.v1 import Payload
+from google.protobuf.timestamp_pb2 import Timestamp
+from temporalio.api.common.v1 import Payload, Payloads
 from temporalio.common import RawValue
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 
@@ -23,7 +24,9 @@ COLLECT_ACTIVITY = "asyncTask:collect"
 MEMO_PARAMS = "asyncTaskParams"
 """Memo: a digest of the params, to tell a repeated submit from a conflicting one."""
 MEMO_JOURNAL = "asyncTaskJournal"
-"""Memo: the journal's header, while the workflow and not the activity holds the journal."""
+"""Memo: the journal's header, as it was when the workflow and not the activity held the journal."""
+MEMO_CREATED = "asyncTaskCreated"
+"""Memo of a resumed run: when it was first submitted."""
 RESULT_JOURNAL = "asyncTaskJournal"
 """Metadata of a result's payload: the journal's header."""
 ATTEMPTS = "asyncTaskAttempts"
@@ -36,6 +39,11 @@ CANCELLED = "TaskCancelledError"
 """Type of the failure that ends a cancelled run."""
 
 SIGNAL_CANCEL = "asyncTaskCancel"
+SIGNAL_EVENT = "asyncTaskEvent"
+PAUSED_TO_CANCEL = "asyncTaskCancel: "
+"""How the reason begins for which an activity is paused, if that is to cancel its run. The rest is the caller's."""
+
+_HOLD = "asyncTaskHold"
 
 
 class _Message:
@@ -62,8 +70,8 @@ class TaskInput(_Message):
     """Seconds after which an attempt whose worker is silent is given to another."""
     timeout: float | None = None
     """Seconds that the run may take."""
-    created: float | None = None
-    """When it was first submitted, of a resumed run; seconds since the epoch."""
+    delay: float = 0.0
+    """Seconds before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,66 @@ class AttemptInput(_Message):
     """Seconds since the epoch."""
     cancelled: bool = False
     reason: str = ""
+    events: tuple[str, ...] = ()
+    """Keys of the events whose values follow the journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest(_Message):
+    """Why a run is cancelled."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EventInput(_Message):
+    """Which event is sent; its value follows."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold(_Message):
+    """The activity's result when a run waits for events: the workflow holds the journal until one comes."""
+
+    due: float | None
+    """Seconds since the epoch; None for however long it takes."""
+    events: tuple[str, ...]
+
+
+def hold_payload(hold: Hold, journal: Sequence[Payload]) -> Payload:
+    """An activity's result that is not its run's."""
+    payload = pack(journal)
+    payload.metadata[_HOLD] = hold.to_payload().data
+    return payload
+
+
+def hold_of(result: Payload) -> Hold | None:
+    """What an activity's result says of events to wait for; None if it is the run's own result."""
+    hold = result.metadata.get(_HOLD)
+    return None if hold is None else Hold.from_payload(Payload(data=hold))
+
+
+def created_payload(time: Timestamp) -> Payload:
+    """The memo that keeps when a run was first submitted."""
+    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(time.ToJsonString()).encode())
+
+
+def created_time(payload: Payload) -> Timestamp:
+    """The time in ``created_payload``."""
+    time = Timestamp()
+    time.FromJsonString(json.loads(payload.data))
+    return time
+
+
+def pack(payloads: Sequence[Payload]) -> Payload:
+    """Several payloads in one."""
+    return Payload(metadata={"encoding": b"binary/plain"}, data=Payloads(payloads=payloads).SerializeToString())
+
+
+def unpack(payload: Payload) -> list[Payload]:
+    """The payloads that ``pack`` was given."""
+    return list(Payloads.FromString(payload.data).payloads)
 
 
 class _RawPayloadConverter(DefaultPayloadConverter):

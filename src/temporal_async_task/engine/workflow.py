@@ -1,11 +1,18 @@
-"""The one workflow. It serves every task, contains no user code, and imports nothing but the wire's types."""
+"""The one workflow. It serves every task, contains no user code, and imports nothing but the wire's types.
+
+It runs the task's activity. Two things it does besides, because they happen while no activity can: it waits for events
+from outside, and it carries a run over from the activity that a cancellation stopped to the one that runs the body's
+cleanup. In both cases it holds the journal meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from temporalio import workflow
+from temporalio.api.common.v1 import Payload
 from temporalio.common import RawValue, RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError
 
@@ -16,11 +23,29 @@ from temporal_async_task.engine import wire
 _ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficient=1.0)
 # The server wants a bound. It is not what notices a dead worker (the heartbeat timeout is).
 _NO_LIMIT = timedelta(days=3650)
+_COLLECT_RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=2))
 
 
 @workflow.defn(dynamic=True)
 class TaskWorkflow:
     """Carries one run of one task."""
+
+    def __init__(self) -> None:
+        self._cancel_reason: str | None = None
+        self._events: dict[str, Payload] = {}
+        self._journal: list[Payload] = []
+        """The journal, while no activity has it."""
+
+    @workflow.signal(name=wire.SIGNAL_CANCEL)
+    def cancel(self, request: RawValue) -> None:
+        """Cancel the run: its body is told, and may clean up."""
+        if self._cancel_reason is None:
+            self._cancel_reason = wire.CancelRequest.from_payload(request.payload).reason
+
+    @workflow.signal(name=wire.SIGNAL_EVENT)
+    def event(self, event: RawValue, value: RawValue) -> None:
+        """Keep an event for the body, whether it waits for it yet or not. The first of a key counts."""
+        self._events.setdefault(wire.EventInput.from_payload(event.payload).key, value.payload)
 
     @workflow.run
     async def run(self, args: Sequence[RawValue]) -> RawValue:
@@ -40,24 +65,93 @@ class TaskWorkflow:
                 f"Task {name!r} was not started by temporal-async-task. Use task.submit(), or the async-task command.",
                 non_retryable=True,
             ) from error
-        params, journal = args[1], args[2:]
-        attempt = wire.AttemptInput(
-            origin=start.origin,
-            timeout=start.timeout,
-            deadline=workflow.now().timestamp() + start.timeout if start.timeout is not None else None,
+        self._journal = [arg.payload for arg in args[2:]]
+        if start.delay > 0:  # not the server's own start delay, during which a run cannot be cancelled
+            await self._until(lambda: self._cancelled, start.delay)
+        deadline = None if start.timeout is None else workflow.now().timestamp() + start.timeout
+        attempt = wire.AttemptInput(origin=start.origin, timeout=start.timeout, deadline=deadline)
+        while True:
+            if self._cancel_reason is not None:
+                if not self._journal:  # nothing was begun, so there is nothing to clean up
+                    raise ApplicationError(self._cancel_reason, type=wire.CANCELLED, non_retryable=True)
+                attempt = wire.AttemptInput(origin=start.origin, cancelled=True, reason=self._cancel_reason)
+            result = await self._attempt(name, start, attempt, args[1])
+            if result is None:
+                continue
+            hold = wire.hold_of(result.payload)
+            if hold is None:
+                return result
+            self._hold(wire.unpack(result.payload))
+            await self._wait_for_event(hold)
+            events = tuple(key for key in hold.events if key in self._events)
+            attempt = wire.AttemptInput(origin=start.origin, timeout=start.timeout, deadline=deadline, events=events)
+
+    async def _attempt(
+        self, name: str, start: wire.TaskInput, attempt: wire.AttemptInput, params: RawValue
+    ) -> RawValue | None:
+        """Run the activity. None: a cancellation has stopped it, and its journal is here."""
+        payloads = [*self._journal, *(self._events[key] for key in attempt.events)]
+        activity = workflow.start_activity(
+            name,
+            args=[RawValue(attempt.to_payload()), params, *map(RawValue, payloads)],
+            activity_id=wire.ACTIVITY_ID,
+            result_type=RawValue,
+            start_to_close_timeout=_NO_LIMIT,
+            heartbeat_timeout=timedelta(seconds=start.heartbeat_timeout),
+            retry_policy=_ATTEMPTS,
+            cancellation_type=workflow.ActivityCancellationType.TRY_CANCEL,
         )
+        await self._until(lambda: activity.done() or (self._cancelled and not attempt.cancelled))
+        if not activity.done():
+            collected = await self._collect()
+            if collected is not None and not activity.done():
+                activity.cancel()
+                await self._until(activity.done)
+                activity.exception()  # seen: that it was cancelled is no news
+                self._hold(collected)
+                return None
+            await self._until(activity.done)
         try:
-            result: RawValue = await workflow.execute_activity(
-                name,
-                args=[RawValue(attempt.to_payload()), params, *journal],
-                activity_id=wire.ACTIVITY_ID,
-                result_type=RawValue,
-                start_to_close_timeout=_NO_LIMIT,
-                heartbeat_timeout=timedelta(seconds=start.heartbeat_timeout),
-                retry_policy=_ATTEMPTS,
-            )
+            result: RawValue = await activity
         except ActivityError as error:
             if isinstance(error.cause, ApplicationError):
                 raise error.cause from None  # as it is: its details are the journal
             raise
         return result
+
+    async def _collect(self) -> list[Payload] | None:
+        """Stop the run's activity where it stands, and get its journal; None if it has ended by itself."""
+        collected: RawValue = await workflow.execute_activity(
+            wire.COLLECT_ACTIVITY,
+            RawValue(wire.CancelRequest(self._cancel_reason or "").to_payload()),
+            result_type=RawValue,
+            start_to_close_timeout=timedelta(minutes=10),
+            heartbeat_timeout=timedelta(seconds=10),
+            retry_policy=_COLLECT_RETRIES,
+        )
+        found = wire.unpack(collected.payload)
+        return found[1:] if found else None
+
+    def _hold(self, journal: list[Payload]) -> None:
+        self._journal = journal
+        if journal:
+            workflow.upsert_memo({wire.MEMO_JOURNAL: RawValue(journal[0])})
+
+    async def _wait_for_event(self, hold: wire.Hold) -> None:
+        wait = None if hold.due is None else max(hold.due - workflow.now().timestamp(), 0)
+        await self._until(lambda: self._cancelled or any(key in self._events for key in hold.events), wait)
+
+    @property
+    def _cancelled(self) -> bool:
+        return self._cancel_reason is not None
+
+    async def _until(self, condition: Callable[[], bool], timeout: float | None = None) -> None:
+        """Wait for a condition; a cancellation by Temporal's own means (its UI, its command) counts as ours."""
+        try:
+            await workflow.wait_condition(condition, timeout=timeout)
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            if self._cancel_reason is None:
+                self._cancel_reason = ""
+            await self._until(condition, timeout)

@@ -48,7 +48,7 @@ class Listener(Protocol):
 
     def superseded(self) -> None: ...
 
-    def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None: ...
+    async def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None: ...
 
 
 class JournalWriter:
@@ -110,7 +110,7 @@ class JournalWriter:
         for waiter in waiters:
             waiter.set_result(None)
         if answer.cancel_requested or answer.activity_paused or answer.activity_reset:
-            self._listener.flagged(answer)
+            await self._listener.flagged(answer)
 
 
 async def complete(client: Client, task_token: bytes, result: Payload) -> None:
