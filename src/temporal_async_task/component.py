@@ -22,10 +22,11 @@ from temporal_async_task._exit import settle_at_exit
 from temporal_async_task.config import AsyncTaskComponentConfig
 from temporal_async_task.engine.activity import AttemptActivity
 from temporal_async_task.engine.backend import raw_client
-from temporal_async_task.engine.loops import DaemonThreads, UserLoop
+from temporal_async_task.engine.loops import DaemonThreads, UserLoops
 from temporal_async_task.engine.workflow import TaskWorkflow
 from temporal_async_task.errors import ConfigError, NotConnectedError, ServerUnavailableError
 from temporal_async_task.registry import Registry
+from temporal_async_task.steps import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -198,11 +199,11 @@ class _Workers:
     """One SDK worker for every task queue, and where the tasks' code runs."""
 
     def __init__(self, config: AsyncTaskComponentConfig, registry: Registry, client: Client) -> None:
-        self._grace = float(config.graceful_shutdown_timeout)  # type: ignore[arg-type]  # kept as seconds
-        self._loop = UserLoop()
+        self._grace = seconds(config.graceful_shutdown_timeout)
+        self._loops = UserLoops()
         self._threads = DaemonThreads(config.max_concurrent_tasks)
         raw = raw_client(client)
-        self._activity = AttemptActivity(registry, raw, client.data_converter, self._loop, self._threads)
+        self._activity = AttemptActivity(registry, raw, client.data_converter, self._loops, self._threads)
         queues = {task.task_queue for task in registry}
         self._workers = [
             Worker(
@@ -225,7 +226,7 @@ class _Workers:
 
     async def start(self) -> None:
         self._running = [asyncio.create_task(worker.run()) for worker in self._workers]
-        self._watch = asyncio.create_task(self._loop.watch())
+        self._watch = asyncio.create_task(self._loops.watch())
         await asyncio.sleep(0)
 
     async def wait(self) -> None:
@@ -254,7 +255,7 @@ class _Workers:
                 task.cancel()
             if self._watch is not None:
                 self._watch.cancel()
-            await asyncio.to_thread(self._loop.stop)
+            await asyncio.to_thread(self._loops.stop)
             self._threads.shutdown()
 
 

@@ -19,6 +19,7 @@ from temporal_async_task.errors import (
     ConfigError,
     NotConnectedError,
     ParamsError,
+    ResultError,
     TaskCancelledError,
     TaskFailedError,
 )
@@ -232,6 +233,7 @@ class TemporalAsyncTask(Generic[P, R]):
             TaskFailedError: The run failed.
             TaskCancelledError: The run was cancelled.
             TimeoutError: It has not ended in time.
+            ResultError: The result does not fit the function's annotation any more.
             TaskNotFoundError: No run of this task has the id.
         """
         backend = self._connected()
@@ -243,6 +245,8 @@ class TemporalAsyncTask(Generic[P, R]):
             raise TimeoutError(
                 f"Run {task_id!r} of task {self.name!r} has not ended within {limit} s; it goes on."
             ) from None
+        if ended.status is TaskStatus.COMPLETED and ended.error is not None:
+            raise ResultError(f"Run {task_id!r} of task {self.name!r} has completed, but {ended.error}")
         if ended.status is TaskStatus.COMPLETED:
             return ended.result  # type: ignore[return-value]  # None is a result where R says so
         kind = TaskCancelledError if ended.error_type == wire.CANCELLED else TaskFailedError

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from temporalio.client import Client
     from temporalio.converter import DataConverter
 
-    from temporal_async_task.engine.loops import DaemonThreads, UserLoop
+    from temporal_async_task.engine.loops import DaemonThreads, UserLoops
     from temporal_async_task.registry import Registry, TaskDefinition
 
 logger = logging.getLogger("temporal_async_task")
@@ -64,13 +64,13 @@ class AttemptActivity:
         registry: Registry,
         client: Client,
         converter: DataConverter,
-        user_loop: UserLoop,
+        user_loops: UserLoops,
         threads: DaemonThreads,
     ) -> None:
         self.registry = registry
         self.client = client
         self.converter = converter
-        self.user_loop = user_loop
+        self.user_loops = user_loops
         self.threads = threads
         self._running: set[_Attempt] = set()
         self._draining = False
@@ -110,12 +110,30 @@ class AttemptActivity:
         try:
             if self._draining:
                 attempt.tell(Runner.drain)
-            await attempt.carry()
+            await self._persist(asyncio.create_task(attempt.carry()), attempt)
         except AttemptGoneError:
             logger.info("Task run %s: another attempt has begun, this one is over", attempt.task_id)
         finally:
             self._running.discard(attempt)
         activity.raise_complete_async()
+
+    async def _persist(self, carrying: asyncio.Task[None], attempt: _Attempt) -> None:
+        """Wait for the attempt's end, whatever the SDK's core thinks of this activity meanwhile.
+
+        Core sees no heartbeats, so some seconds after the heartbeat timeout it cancels this coroutine. The server has
+        them, and does not. A shutdown that does not come through the component is taken for one all the same.
+        """
+        while True:
+            try:
+                return await asyncio.shield(carrying)
+            except asyncio.CancelledError:
+                if carrying.done():
+                    raise
+                if (current := asyncio.current_task()) is not None:
+                    current.uncancel()
+                details = activity.cancellation_details()
+                if details is not None and details.worker_shutdown:
+                    attempt.tell(Runner.interrupt)
 
 
 class _Attempt:
@@ -133,6 +151,7 @@ class _Attempt:
         self._events = dict(zip(self._input.events, values, strict=True))
         self.task_id = info.workflow_id or info.activity_id
         self._values = PayloadValues(owner.converter, info.namespace, self.task_id)
+        self._user_loop = owner.user_loops.pick()
         self._runner: Runner | None = None
         self._requests: list[Callable[[Runner], None]] = []
         self._main_loop = asyncio.get_running_loop()
@@ -148,7 +167,7 @@ class _Attempt:
         if self._runner is None:
             self._requests.append(request)
         else:
-            self._owner.user_loop.call_soon(request, self._runner)
+            self._user_loop.call_soon(request, self._runner)
 
     def superseded(self) -> None:
         self.tell(Runner.supersede)
@@ -197,15 +216,19 @@ class _Attempt:
             return
         try:
             journal = await self._read_journal()
+            params = await self._values.readable(self._params)
         except Exception as error:
-            logger.exception("Task run %s: its journal cannot be read; it is left to another worker", self.task_id)
-            await self._leave(f"the journal cannot be read: {error}")
+            # A codec's key that this worker does not have, a store that it cannot reach: another may.
+            logger.exception("Task run %s: it cannot be read here, and is left to another worker", self.task_id)
+            await self._leave(f"the run cannot be read: {error}")
             return
-        await self._report(await self._drive(task, journal), journal)
+        await self._report(await self._drive(task, journal, params), journal)
 
-    async def _drive(self, task: TaskDefinition, journal: Journal) -> Outcome:
+    async def _drive(self, task: TaskDefinition, journal: Journal, params: Payload) -> Outcome:
+        # Params and journal travel together when a run is resumed, and the limit is for both.
+        journal.max_bytes -= self._params.ByteSize()
         try:
-            args = [await self._values.from_payload(self._params, task.params_type)] if task.takes_params else []
+            args = [self._values.convert(params, task.params_type)] if task.takes_params else []
         except ResultError as error:
             return Failed(ParamsError(f"The params of task {task.name!r}: {error}"))
         if journal.started is None:
@@ -240,30 +263,12 @@ class _Attempt:
         )
         writing = asyncio.create_task(self._writer.run(self._details))
         try:
-            running = self._owner.user_loop.run(runner.run(bind_body(task.function, tuple(args), runner)))
+            running = self._user_loop.run(runner.run(bind_body(task.function, tuple(args), runner)))
             for request in self._requests:
                 self.tell(request)
-            return await self._persist(asyncio.wrap_future(running))
+            return await asyncio.wrap_future(running)
         finally:
             writing.cancel()
-
-    async def _persist(self, running: asyncio.Future[Outcome]) -> Outcome:
-        """Wait for the outcome, whatever the SDK's core thinks of this activity meanwhile.
-
-        Core sees no heartbeats, so some seconds after the heartbeat timeout it cancels the coroutine. The server has
-        them, and does not. A shutdown that does not come through the component is taken for one all the same.
-        """
-        while True:
-            try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                if running.done():
-                    raise
-                if (current := asyncio.current_task()) is not None:
-                    current.uncancel()
-                details = activity.cancellation_details()
-                if details is not None and details.worker_shutdown:
-                    self.tell(Runner.interrupt)
 
     # The outcome
 
@@ -347,9 +352,10 @@ def _bytes(data: bytes) -> Payload:
 def _truncate(failure: Failure) -> None:
     """Cut what is there for the reader's eye only: a deep stack must not make the journal too large."""
     part = failure
-    while True:
-        part.stack_trace = part.stack_trace[:10_000]
-        part.message = part.message[:10_000]
+    for _ in range(5):
+        part.stack_trace = part.stack_trace[-4_000:]
+        part.message = part.message[:2_000]
         if not part.HasField("cause"):
             return
         part = part.cause
+    part.Clear()

@@ -13,6 +13,7 @@ from temporalio.exceptions import FailureError
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, StepRecord
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT
+from temporal_async_task.errors import ResultError
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -70,8 +71,12 @@ async def completed(
     """A run that ended with a result."""
     header = result.metadata.get(wire.RESULT_JOURNAL)
     journal = await _journal([Payload.FromString(header)] if header else [], values)
-    value = await values.from_payload(result, result_type)
-    return _picture(task_id, TaskStatus.COMPLETED, info, journal, result=value, completed_at=_time(info.close_time))
+    outcome: dict[str, Any]
+    try:
+        outcome = {"result": await values.from_payload(result, result_type)}
+    except ResultError as error:  # the code's annotation has changed since
+        outcome = {"error": str(error), "error_type": type(error).__name__}
+    return _picture(task_id, TaskStatus.COMPLETED, info, journal, completed_at=_time(info.close_time), **outcome)
 
 
 async def failed(

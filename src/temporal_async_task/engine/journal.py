@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAX_BYTES = 2 * 1024 * 1024 - 64 * 1024
-"""What a journal may measure: the server takes 2 MB of details, and fails the activity for good beyond that. The
-margin is for the open steps' part of the header and for the message around it."""
+"""What a journal and its run's params may measure: the server takes 2 MB, and fails the activity for good beyond that.
+The margin is for the open steps' part of the header and for the message around it."""
 
 _MAX_ERROR_TEXT = 1_000  # characters
 _LENGTH = struct.Struct(">I")
@@ -107,6 +107,7 @@ class Journal:
     body: StepRecord = field(default_factory=lambda: StepRecord(""))
     """The body's own failures, outside of steps."""
     progress: tuple[float | None, str] | None = None
+    max_bytes: int = MAX_BYTES
     cancel_reason: str | None = None
     """Set once a cancellation was delivered."""
     _done: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
@@ -147,10 +148,10 @@ class Journal:
             PayloadTooLargeError: The journal would be too large; it is as it was before.
         """
         size = len(self._results) + self._done_bytes + len(self._rest()) + len(result)
-        if size > MAX_BYTES:
+        if size > self.max_bytes:
             raise PayloadTooLargeError(
                 f"A result of {len(result):,} bytes would bring the run's journal to {size:,} bytes, over the limit of "
-                f"{MAX_BYTES:,} (2 MB). Store large results elsewhere, and return a reference."
+                f"{self.max_bytes:,} (2 MB with the params). Store large results elsewhere, and return a reference."
             )
         record.state, record.result, record.finished = StepState.COMPLETED, result, now
         record.due, record.error = None, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import itertools
 import logging
 import queue
@@ -18,6 +19,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from temporalio import activity
+
 from temporal_async_task.engine.unwind import task_factory
 
 if TYPE_CHECKING:
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("temporal_async_task")
 
-STALL_WARNING = 0.25
-"""Seconds for which code may hold the event loop before it is reported."""
+STALL = 0.25
+"""Seconds for which code may hold an event loop before it is reported, and nothing more is begun there."""
 _WATCH_INTERVAL = 0.1
 _NOT_USERS = tuple(str(Path(path).parent) for path in (__file__, asyncio.__file__))
 _numbers = itertools.count(1)
@@ -50,17 +53,14 @@ class UserLoop:
         self._loop.run_forever()
 
     def run(self, coro: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run a coroutine on this loop."""
-        return asyncio.run_coroutine_threadsafe(coro, self._loop)
+        """Run a coroutine on this loop, with the caller's context variables but for the SDK's activity."""
+        context = contextvars.copy_context()
+        # Not in an activity: its heartbeat() would overwrite the journal, on a loop that is not the activity's.
+        context.run(activity._current_context.set, None)  # type: ignore[arg-type]  # noqa: SLF001
+        return context.run(asyncio.run_coroutine_threadsafe, coro, self._loop)
 
     def call_soon(self, call: Callable[..., object], *args: object) -> None:
         self._loop.call_soon_threadsafe(call, *args)
-
-    async def watch(self) -> None:
-        """Report code that blocks this loop. Runs on another one, for as long as there is something to watch."""
-        while True:
-            self.check()
-            await asyncio.sleep(_WATCH_INTERVAL)
 
     def check(self) -> float:
         """For how many seconds the loop has not answered; reported once when it is too long."""
@@ -69,7 +69,7 @@ class UserLoop:
             self.call_soon(self._answer)
             return 0.0
         stalled = time.monotonic() - self._beat
-        if stalled > STALL_WARNING and not self._reported:
+        if stalled > STALL and not self._reported:
             self._reported = True
             logger.warning(
                 "Blocking code in async code of %s: %s. It holds up the other tasks of this worker; make the call in a "
@@ -105,6 +105,36 @@ class UserLoop:
         self._thread.join(timeout)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+class UserLoops:
+    """The event loop for the users' code; and another while that one is blocked, for what begins meanwhile.
+
+    All code shares one loop as long as it can, so that a client that is made once (``httpx.AsyncClient``) serves all.
+    """
+
+    def __init__(self) -> None:
+        self._loops = [UserLoop()]
+
+    def pick(self) -> UserLoop:
+        """A loop that answers."""
+        for loop in self._loops:
+            if loop.check() < STALL:
+                return loop
+        self._loops.append(UserLoop())
+        return self._loops[-1]
+
+    async def watch(self) -> None:
+        """Report code that blocks a loop. Runs on the SDK's loop, for as long as there is something to watch."""
+        while True:
+            for loop in self._loops:
+                loop.check()
+            await asyncio.sleep(_WATCH_INTERVAL)
+
+    def stop(self) -> None:
+        """Stop all loops."""
+        for loop in self._loops:
+            loop.stop()
 
 
 class DaemonThreads(concurrent.futures.Executor):

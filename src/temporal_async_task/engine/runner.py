@@ -70,7 +70,7 @@ IN_PLACE = 1.0
 """Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second."""
 NOTE_INTERVAL = 1.0
 """Seconds between two writes of what is not awaited: running steps, progress."""
-UNWIND_TIMEOUT = 5.0
+UNWIND_TIMEOUT = 3.0
 """Seconds that a body may take over its ``finally`` blocks when an attempt ends before it."""
 CLEANUP_TIMEOUT = 60.0
 """Seconds that a cancelled body may take over its cleanup."""
@@ -378,7 +378,7 @@ class Runner:
             for task in self._tasks:
                 task.cancel()
             # In slices: code that swallows the first request is asked again.
-            await asyncio.wait(set(self._tasks), timeout=UNWIND_TIMEOUT / 5)
+            await asyncio.wait(set(self._tasks), timeout=UNWIND_TIMEOUT / 6)
         if self._tasks:
             logger.error(
                 "Task run %s: code of task %r goes on after its attempt has ended, and swallows every request to stop",

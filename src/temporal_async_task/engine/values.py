@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from temporalio.api.common.v1 import Payload
 from temporalio.api.failure.v1 import Failure
+from temporalio.common import RawValue
 from temporalio.converter import DataConverter, WorkflowSerializationContext
 from temporalio.exceptions import FailureError
 
@@ -60,10 +61,28 @@ class PayloadValues:
         """The value of a payload.
 
         Raises:
-            ResultError: It cannot be decoded, or does not fit ``type_hint``.
+            ResultError: It does not fit ``type_hint``.
+            Exception: What the codec or the external storage raises.
+        """
+        return self.convert(await self.readable(payload), type_hint)
+
+    async def readable(self, payload: Payload) -> Payload:
+        """The payload as it was before codec and external storage.
+
+        Raises:
+            Exception: What they raise, as for a key that is not there. It says nothing of the value.
+        """
+        [raw] = await self._converter.decode([payload], [RawValue])
+        return cast("RawValue", raw).payload
+
+    def convert(self, readable: Payload, type_hint: Any = None) -> Any:
+        """The value of a readable payload.
+
+        Raises:
+            ResultError: It does not fit ``type_hint``.
         """
         try:
-            [value] = await self._converter.decode([payload], _hint(type_hint))
+            [value] = self._converter.payload_converter.from_payloads([readable], _hint(type_hint))
         except Exception as error:
             raise ResultError(
                 f"the stored value does not fit {_name(type_hint)}: {type(error).__name__}: {error}"
