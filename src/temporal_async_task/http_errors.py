@@ -77,7 +77,7 @@ def http_status(error: BaseException) -> int | None:
         certain = known or _headers(source) is not None
         for name in ("status_code", "status", "code") if certain else ("status_code",):
             status = _get(source, name)
-            if isinstance(status, int) and not isinstance(status, bool):
+            if isinstance(status, int):
                 return int(status) if 300 <= status <= 599 else None  # noqa: PLR2004
     return None
 
@@ -137,7 +137,7 @@ def _headers(source: object) -> dict[str, str] | None:
 def _http_date(text: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(text)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, OverflowError):
         return None
     # HTTP dates are in UTC; the obsolete asctime form, which has to be understood too, does not say so.
     return date if date.tzinfo else date.replace(tzinfo=UTC)

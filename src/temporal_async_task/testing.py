@@ -36,7 +36,7 @@ from temporal_async_task.engine.runner import (
     RunSettings,
     Superseded,
 )
-from temporal_async_task.engine.unwind import task_factory
+from temporal_async_task.engine.unwind import prepare
 from temporal_async_task.engine.values import PayloadValues, return_type
 from temporal_async_task.errors import TaskCancelledError
 from temporal_async_task.steps import StepCall
@@ -221,7 +221,7 @@ class TaskRun(Generic[R]):
 
     def _new_loop(self) -> VirtualTimeLoop:
         loop = VirtualTimeLoop()
-        loop.set_task_factory(task_factory)  # type: ignore[arg-type]  # typeshed wants its own Protocol
+        prepare(loop)
         return loop
 
     async def _execute(self, max_attempts: int) -> R:

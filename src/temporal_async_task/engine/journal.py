@@ -24,6 +24,7 @@ MAX_BYTES = 2 * 1024 * 1024 - 64 * 1024
 The margin is for the open steps' part of the header and for the message around it."""
 
 _MAX_ERROR_TEXT = 1_000  # characters
+_MAX_OPEN_TEXT = 10_000  # characters; of the errors of all open steps
 _LENGTH = struct.Struct(">I")
 
 
@@ -35,10 +36,16 @@ class ErrorInfo(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorInfo:
-        text = str(error).encode("utf-8", "backslashreplace").decode()
-        if len(text) > _MAX_ERROR_TEXT:
-            text = text[:_MAX_ERROR_TEXT] + "…"
-        return cls(type(error).__name__, text)
+        try:
+            text = str(error)
+        except Exception:
+            text = "(its text cannot be made)"
+        return cls.named(type(error).__name__, text)
+
+    @classmethod
+    def named(cls, error_type: str, message: str) -> ErrorInfo:
+        text = message.encode("utf-8", "backslashreplace").decode()
+        return cls(error_type, text if len(text) <= _MAX_ERROR_TEXT else text[:_MAX_ERROR_TEXT] + "…")
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}" if self.message else self.type
@@ -74,7 +81,10 @@ class StepRecord:
     error: ErrorInfo | None = None
     result: bytes | None = None
 
-    def to_json(self) -> list[Any]:
+    def to_json(self, max_error_text: int = _MAX_ERROR_TEXT) -> list[Any]:
+        error = self.error
+        if error is not None and len(error.message) > max_error_text:
+            error = ErrorInfo(error.type, error.message[:max_error_text])
         return [
             self.key,
             self.state.value,
@@ -84,7 +94,7 @@ class StepRecord:
             _rounded(self.started),
             _rounded(self.finished),
             _rounded(self.due),
-            self.error,
+            error,
         ]
 
     @classmethod
@@ -147,7 +157,7 @@ class Journal:
         Raises:
             PayloadTooLargeError: The journal would be too large; it is as it was before.
         """
-        size = len(self._results) + self._done_bytes + len(self._rest()) + len(result)
+        size = len(self._results) + self._done_bytes + len(self._rest().encode()) + len(result)
         if size > self.max_bytes:
             raise PayloadTooLargeError(
                 f"A result of {len(result):,} bytes would bring the run's journal to {size:,} bytes, over the limit of "
@@ -197,7 +207,8 @@ class Journal:
         return Snapshot(header.encode(), bytes(self._results))
 
     def _rest(self) -> str:
-        """The header, but for the finished steps."""
+        """The header, but for the finished steps. However many fail at once, it does not grow past all bounds."""
+        text = _MAX_OPEN_TEXT // max(len(self._open), 1)
         return _dumps(
             {
                 "v": VERSION,
@@ -207,7 +218,7 @@ class Journal:
                 "body": self.body.to_json(),
                 "progress": self.progress,
                 "cancel": self.cancel_reason,
-                "open": [record.to_json() for record in self._open.values()],
+                "open": [record.to_json(text) for record in self._open.values()],
             }
         )
 
@@ -221,21 +232,35 @@ class Journal:
         journal = cls.of_header(snapshot.header)
         at = 0
         for record in journal.done():
+            if len(snapshot.results) < at + _LENGTH.size:
+                break
             (length,) = _LENGTH.unpack_from(snapshot.results, at)
             at += _LENGTH.size
             record.result = snapshot.results[at : at + length]
             at += length
-        if at != len(snapshot.results):
-            raise ValueError("The journal's results do not fit its header")
-        journal._results += snapshot.results  # noqa: SLF001 - its own
-        return journal
+        else:
+            if at == len(snapshot.results):
+                journal._results += snapshot.results  # noqa: SLF001 - its own
+                return journal
+        raise ValueError("The journal's results do not fit its header")
 
     @classmethod
     def of_header(cls, header: bytes) -> Journal:
-        """A journal without its results: enough for the status."""
-        fields = json.loads(header)
-        if fields.get("v") != VERSION:
-            raise ValueError(f"The journal has version {fields.get('v')!r}, this library reads {VERSION}")
+        """A journal without its results: enough for the status.
+
+        Raises:
+            ValueError: As for ``restore``.
+        """
+        try:
+            fields = json.loads(header)
+            if fields["v"] == VERSION:
+                return cls._of_fields(fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"The journal's header is damaged: {error!r}") from error
+        raise ValueError(f"The journal has version {fields['v']!r}, this library reads {VERSION}")
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> Journal:
         journal = cls(body=StepRecord.from_json(fields["body"]))
         journal.started, journal.attempt, journal.earlier = fields["started"], fields["attempt"], fields["earlier"]
         journal.progress = tuple(fields["progress"]) if fields["progress"] else None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio import activity
 
-from temporal_async_task.engine.unwind import task_factory
+from temporal_async_task.engine.unwind import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -41,7 +41,7 @@ class UserLoop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._loop.set_task_factory(task_factory)  # type: ignore[arg-type]  # typeshed wants its own Protocol
+        prepare(self._loop)
         self._thread = threading.Thread(target=self._run, name=f"async-task-loop-{next(_numbers)}", daemon=True)
         self._beat = time.monotonic()
         self._asked = False

@@ -28,6 +28,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -61,7 +62,7 @@ from temporal_async_task.steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
     from concurrent.futures import Executor
 
 logger = logging.getLogger("temporal_async_task")
@@ -200,13 +201,16 @@ class Runner:
         self._return_type = return_type
         self._cancelled = cancelled  # requested; ...
         self._cancel_delivered = False  # ... and raised in the body
+        self._cancel_arriving: asyncio.Task[None] | None = None
         self._draining = False
+        self._moves = 0  # changes of the next, so far
         self._active = 0  # steps that are in flight: being answered, called or checkpointed
         self._waiting: dict[asyncio.Future[None], _Wait] = {}  # steps that wait, and for what
         self._events = events or {}
         self._asked: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
+        self._body_was_first = False
         self._timers: list[asyncio.TimerHandle] = []
         self._note_timer: asyncio.TimerHandle | None = None
 
@@ -263,6 +267,7 @@ class Runner:
         context.run(scope.set, self)
         context.run(runner_var.set, self)
         self._body = self._loop.create_task(_awaited(body), context=context, name=f"task {self.settings.task_name!r}")
+        self._body.add_done_callback(self._note_body_done)
         self.adopt(self._body)
         both = (self._body, self._ended)
         timeout = self.settings.step_timeout
@@ -275,9 +280,13 @@ class Runner:
                 return self._body_failed(TimeoutError(f"no result within the step's timeout of {timeout} s"))
         elif not done:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if self._ended.done() and (not self._body.done() or isinstance(self._ended.result(), Superseded)):
+        if self._ended.done() and (not self._body_was_first or isinstance(self._ended.result(), Superseded)):
             return self._ended.result()
         return await self._body_outcome(self._body)
+
+    def _note_body_done(self, _: asyncio.Task[Any]) -> None:
+        # What the body does once its attempt has ended is no outcome: it was told to leave.
+        self._body_was_first = not self._ended.done()
 
     async def _body_outcome(self, body: asyncio.Task[Any]) -> Outcome:
         if body.cancelled():
@@ -355,6 +364,7 @@ class Runner:
 
     def _deliver_cancel(self) -> None:
         self._cancel_delivered = True
+        self._cancel_arriving = self._engine_task(self._settled())
         self._body.cancel()
         over = Cancelled(self.journal.cancel_reason or "")
         self._timers.append(self._loop.call_later(CLEANUP_TIMEOUT, self._end, over))
@@ -428,7 +438,7 @@ class Runner:
     ) -> None:
         policy = call.options.retry_policy or self.settings.retry_policy
         while True:
-            value = await self._poll_once(call, record, policy, patient=timeout is not None)
+            value, pause = await self._poll_once(call, record, policy, patient=timeout is not None)
             if value is not None:
                 await self._finish(record, value)
                 return
@@ -436,13 +446,14 @@ class Runner:
             deadline = _NEVER if timeout is None else self._started(record) + timeout
             if now >= deadline:
                 text = f"not ready within {timeout} s, after {record.calls} polls"
-                await self._give_up(record, ErrorInfo("PollTimeoutError", text))
-            pause = max(every(record.calls), policy.backoff(record.failures) if record.failures else 0.0)
+                await self._give_up(record, ErrorInfo.named("PollTimeoutError", text))
             record.state = StepState.WAITING
-            record.due = min(now + pause, deadline)  # the last poll is at the deadline
+            record.due = min(now + max(every(record.calls), pause), deadline)  # the last poll is at the deadline
 
-    async def _poll_once(self, call: StepCall, record: StepRecord, policy: RetryPolicy, *, patient: bool) -> Any:
-        """One call; None if it says so, or if it failed in a way that does not matter to the job."""
+    async def _poll_once(
+        self, call: StepCall, record: StepRecord, policy: RetryPolicy, *, patient: bool
+    ) -> tuple[Any, float]:
+        """One call. None if it says so, or if it failed in a way that does not matter to the job; then its backoff."""
         await self._begin(call, record)
         try:
             value = await self._call(call, record)
@@ -454,13 +465,15 @@ class Runner:
             record.failures += 1
             record.error = ErrorInfo.of(error)
             # A poll that has a timeout is patient until then with what is worth another try at all.
-            if not decide(error, policy, 1 if patient and policy.max_retries else record.failures).retry:
+            counted = min(record.failures, max(policy.max_retries, 1)) if patient else record.failures
+            decision = decide(error, policy, counted)
+            if not decision.retry:
                 await self._give_up(record, record.error, error)
-            return None
+            return None, decision.delay
         record.failures, record.error = 0, None
         if value is None:
             record.calls += 1
-        return value
+        return value, 0.0
 
     async def wait_for(self, key: str, timeout: float | None, hint: Any) -> Any:
         """Wait for an event from outside. See ``steps.wait_for``."""
@@ -478,7 +491,7 @@ class Runner:
                     record.calls = 1
                     await self._complete(record, self._events[key])
                 elif now >= record.due:
-                    await self._give_up(record, ErrorInfo("WaitTimeoutError", f"no event within {timeout} s"))
+                    await self._give_up(record, ErrorInfo.named("WaitTimeoutError", f"no event within {timeout} s"))
                 else:
                     await self._park(_Wait(record.due, event=key))
             return await self._answer(record, hint)
@@ -486,7 +499,7 @@ class Runner:
     def progress(self, fraction: float | None, message: str) -> None:
         """See ``steps.progress``; may be called in any thread."""
         if fraction is not None:
-            fraction = min(max(float(fraction), 0.0), 1.0)
+            fraction = None if math.isnan(fraction) else min(max(float(fraction), 0.0), 1.0)
         text = message.encode("utf-8", "backslashreplace").decode()[:500]
         self._loop.call_soon_threadsafe(self._set_progress, fraction, text)
 
@@ -510,12 +523,8 @@ class Runner:
             )
         self._refuse_if_ended()
         self._asked.add(key)
-        self._active += 1
-        try:
+        with self.busy():
             yield
-        finally:
-            self._active -= 1
-            self._consider_ending()
 
     def _opened(self, key: str) -> StepRecord:
         if self._cancelled and not self._cancel_delivered:
@@ -525,10 +534,10 @@ class Runner:
     async def _drive(self, call: StepCall, record: StepRecord) -> None:
         """Call until the result is in the journal, or there is no hope of one."""
         policy = call.options.retry_policy or self.settings.retry_policy
-        if record.lost >= self.settings.max_lost_attempts:
-            await self._give_up(record, self._lost(record).error)
         if record.state is StepState.RUNNING and call.options.at_most_once:
-            await self._give_up(record, ErrorInfo("StepOutcomeUnknownError", "its outcome was lost with its worker"))
+            await self._give_up(
+                record, ErrorInfo.named("StepOutcomeUnknownError", "its outcome was lost with its worker")
+            )
         while True:
             await self._begin(call, record)
             try:
@@ -545,6 +554,8 @@ class Runner:
 
     async def _begin(self, call: StepCall, record: StepRecord) -> None:
         """Wait for the step's turn, and note that its call is being made."""
+        if record.lost >= self.settings.max_lost_attempts:
+            await self._give_up(record, self._lost(record).error)
         await self._turn(record)
         record.state, record.due = StepState.RUNNING, None
         self._started(record)
@@ -591,7 +602,7 @@ class Runner:
         try:
             await self._complete(record, await self._values.encode(value))
         except (PayloadTooLargeError, ResultError) as error:
-            info = ErrorInfo(type(error).__name__, f"Step {record.key!r}: {error}")
+            info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)
 
     async def _complete(self, record: StepRecord, result: bytes) -> None:
@@ -625,7 +636,7 @@ class Runner:
             self._note(after=0.0)
 
     def _lost(self, record: StepRecord) -> StepRecord:
-        record.error = ErrorInfo("WorkerLostError", f"its worker was lost with it {record.lost} times in a row")
+        record.error = ErrorInfo.named("WorkerLostError", f"its worker was lost with it {record.lost} times in a row")
         return record
 
     async def _give_up(self, record: StepRecord, info: ErrorInfo | None, error: Exception | None = None) -> NoReturn:
@@ -663,6 +674,9 @@ class Runner:
         if self._cancelled and not self._cancel_delivered:
             self._deliver_cancel()
             await self._loop.create_future()  # it is raised here, or where the body awaits this step
+        if self._cancel_arriving is not None and not self._cancel_arriving.done():
+            # From the body it goes on to its children, a turn of the loop for each level: this may be one of them.
+            await asyncio.wait((self._cancel_arriving,))
 
     async def _park(self, wait: _Wait) -> None:
         """Wait outside of what is in flight: the attempt may end meanwhile, and mostly does."""
@@ -671,12 +685,11 @@ class Runner:
         timer = None
         if not self._draining and wait.due != _NEVER:
             timer = self._loop.call_later(max(wait.due - self._carrier.now(), 0), _wake, woken)
-        self._active -= 1
-        self._consider_ending()
+        self._move(-1)
         try:
             await woken
         finally:
-            self._active += 1
+            self._move(+1)
             del self._waiting[woken]
             if timer:
                 timer.cancel()
@@ -684,16 +697,27 @@ class Runner:
     def _consider_ending(self) -> None:
         """End the attempt if all of its steps wait and its body asks for no other."""
         if self._active == 0 and self._waiting and self._settling is None:
-            context = contextvars.copy_context()
-            context.run(scope.set, None)  # the engine's own task, not the user's
-            self._settling = self._loop.create_task(self._settle(), context=context)
+            self._settling = self._engine_task(self._settle())
+
+    def _engine_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task of the engine's own: it is not the body's, and is not unwound with it."""
+        context = contextvars.copy_context()
+        context.run(scope.set, None)
+        return self._loop.create_task(work, context=context)
+
+    async def _settled(self) -> None:
+        """Give the body's code its turns of the loop."""
+        for _ in range(_SETTLE_TICKS):
+            await asyncio.sleep(0)
 
     async def _settle(self) -> None:
         try:
-            for _ in range(_SETTLE_TICKS):
-                await asyncio.sleep(0)
-                if self._active or not self._waiting:
-                    return
+            moves = -1
+            while moves != self._moves:  # not at rest before nothing has happened in all of those turns
+                moves = self._moves
+                await self._settled()
+            if self._active or not self._waiting:
+                return
             waits = self._waiting.values()
             due = min(wait.due for wait in waits)
             events = tuple(wait.event for wait in waits if wait.event is not None)
@@ -717,13 +741,17 @@ class Runner:
 
     @contextmanager
     def busy(self) -> Generator[None]:
-        """The body is at work where the event loop does not see it (a generator in a thread)."""
-        self._active += 1
+        """Something is in flight: a step, or a body at work in a thread, where the event loop does not see it."""
+        self._move(+1)
         try:
             yield
         finally:
-            self._active -= 1
-            self._consider_ending()
+            self._move(-1)
+
+    def _move(self, change: int) -> None:
+        self._active += change
+        self._moves += 1
+        self._consider_ending()
 
     # Writing
 
@@ -753,7 +781,7 @@ def is_async(call: Callable[..., Any]) -> bool:
 
 
 def _recorded_failure(record: StepRecord) -> AsyncTaskError:
-    info = record.error or ErrorInfo("Exception", "")
+    info = record.error or ErrorInfo.named("Exception", "")
     match info.type:
         case "PayloadTooLargeError":
             return PayloadTooLargeError(info.message)

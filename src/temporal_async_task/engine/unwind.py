@@ -75,7 +75,7 @@ class _Unwindable(Coroutine[Any, Any, Any]):
         return getattr(self._coro, name)
 
 
-def task_factory(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:
+def _new_task(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:
     """Create a task; one that an attempt's code creates (``gather``, ``TaskGroup``) belongs to the attempt."""
     context = options.get("context")
     owner = context.get(scope) if context is not None else scope.get()
@@ -84,3 +84,15 @@ def task_factory(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any]
     task = asyncio.Task(_Unwindable(coro, owner), loop=loop, **options)
     owner.adopt(task)
     return task
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # A TaskGroup that is unwound leaves before its children, and asyncio would complain of each.
+    if not isinstance(context.get("exception"), Unwind):
+        loop.default_exception_handler(context)
+
+
+def prepare(loop: asyncio.AbstractEventLoop) -> None:
+    """Make an event loop fit to run attempts."""
+    loop.set_task_factory(_new_task)  # type: ignore[arg-type]  # typeshed wants its own Protocol
+    loop.set_exception_handler(_report)
