@@ -26,16 +26,16 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.journal import Journal, Snapshot
-from temporal_async_task.engine.runner import (
+from temporal_async_task.engine.outcome import (
     Cancelled,
     Completed,
     Failed,
     Outcome,
     Parked,
-    Runner,
     RunSettings,
     Superseded,
 )
+from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.unwind import prepare
 from temporal_async_task.engine.values import PayloadValues, return_type
 from temporal_async_task.errors import TaskCancelledError

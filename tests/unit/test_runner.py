@@ -34,7 +34,7 @@ from temporal_async_task import (
     sleep,
     step,
 )
-from temporal_async_task.engine.runner import Cancelled, Completed, Failed, Parked, Superseded
+from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Parked, Superseded
 from temporal_async_task.testing import TaskRun
 
 STEADY = RetryPolicy(max_retries=3, initial_delay=10, max_delay=60, jitter=0)

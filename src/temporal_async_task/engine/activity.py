@@ -23,16 +23,16 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
-from temporal_async_task.engine.runner import (
+from temporal_async_task.engine.outcome import (
     Cancelled,
     Completed,
     Failed,
     Outcome,
     Parked,
-    Runner,
     RunSettings,
     Superseded,
 )
+from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.stopping import pause_reason, stop_and_collect
 from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail

@@ -7,7 +7,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from temporal_async_task.engine.runner import is_async
+from temporal_async_task.engine.attempt import is_async
 from temporal_async_task.errors import AsyncTaskError, StepUsageError
 from temporal_async_task.steps import Result, Step
 

@@ -10,7 +10,8 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.journal import Journal, Snapshot
-from temporal_async_task.engine.runner import Completed, Failed, Runner, RunSettings
+from temporal_async_task.engine.outcome import Completed, Failed, RunSettings
+from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.values import PayloadValues, return_type
 
 if TYPE_CHECKING:

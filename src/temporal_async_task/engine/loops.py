@@ -13,6 +13,7 @@ import itertools
 import logging
 import queue
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -31,7 +32,7 @@ logger = logging.getLogger("temporal_async_task")
 STALL = 0.25
 """Seconds for which code may hold an event loop before it is reported, and nothing more is begun there."""
 _WATCH_INTERVAL = 0.1
-_NOT_USERS = tuple(str(Path(path).parent) for path in (__file__, asyncio.__file__))
+_NOT_USERS = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _numbers = itertools.count(1)
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class UserLoop:
         return task.get_name() if task else "a callback"
 
     def _where(self) -> str:
-        """The source line, from the innermost that is not in this package or in asyncio."""
+        """The innermost source line of the application's own: not of a library."""
         frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001 - documented for this use
         frame = frames.get(self._thread.ident or 0)
         if frame is None:

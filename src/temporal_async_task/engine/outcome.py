@@ -1,0 +1,97 @@
+"""What an attempt is given, what it asks of the world outside, and how it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from temporal_async_task.engine.journal import Snapshot
+    from temporal_async_task.retry import RetryPolicy
+
+IN_PLACE = 1.0
+"""Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The body returned; ``result`` is encoded."""
+
+    result: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The run is over, without a result."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The attempt is given back until ``due`` (seconds since the epoch), or until one of ``events`` comes."""
+
+    due: float
+    reason: str
+    events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The body has left after its cancellation."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """Another attempt has begun."""
+
+
+Outcome = Completed | Failed | Parked | Cancelled | Superseded
+
+
+class Values(Protocol):
+    """Encodes and decodes what the user's code passes around."""
+
+    async def encode(self, value: Any) -> bytes: ...
+
+    async def decode(self, data: bytes, type_hint: Any) -> Any: ...
+
+
+class Carrier(Protocol):
+    """What keeps the journal, and tells the time."""
+
+    def now(self) -> float:
+        """Seconds since the epoch, by a clock that all attempts of the run share."""
+        ...
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        """Make the journal durable; it is when this returns.
+
+        Never raises: an attempt that may not write any more is told by ``Runner.supersede()``, and this does not
+        return.
+        """
+        ...
+
+    def note(self, snapshot: Snapshot) -> None:
+        """Make the journal durable some time soon."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """What a runner has to know of its task and its run."""
+
+    task_id: str
+    task_name: str
+    origin: str
+    """A UUID made when the run was submitted; idempotency keys derive from it."""
+    retry_policy: RetryPolicy
+    step_timeout: float | None = None
+    deadline: float | None = None
+    timeout: float | None = None
+    max_lost_attempts: int = 10
+    in_place: float = IN_PLACE
+    attempt: int = 1
+    params: Any = None
