@@ -39,8 +39,7 @@ _NETWORK = frozenset({
     "requests.ChunkedEncodingError", "requests.ConnectionError", "requests.Timeout",
     "socket.gaierror", "socket.herror", "ssl.SSLError",
     "urllib.URLError",
-    "urllib3.IncompleteRead", "urllib3.ProtocolError", "urllib3.ProxyError", "urllib3.SSLError",
-    "urllib3.TimeoutError",
+    "urllib3.ProtocolError", "urllib3.ProxyError", "urllib3.SSLError", "urllib3.TimeoutError",
 })  # fmt: skip
 _HAS_STATUS = frozenset({"aiohttp.ClientResponseError", "urllib.HTTPError"})
 

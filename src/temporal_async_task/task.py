@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
+from temporalio.common import Priority
+
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.backend import TaskAddress, WorkflowBackend
 from temporal_async_task.engine.local import run_here
@@ -38,6 +40,7 @@ Execution = Literal["workflow", "activity"]
 
 DEFAULT_TASK_QUEUE = "async-tasks"
 
+_PRIORITIES = range(1, 6)
 _STATUS_QUERIES = {
     TaskStatus.COMPLETED: "ExecutionStatus = 'Completed'",
     TaskStatus.FAILED: "ExecutionStatus IN ('Failed', 'Canceled', 'Terminated', 'TimedOut')",
@@ -55,6 +58,15 @@ class TaskOptions(TypedDict, total=False):
     timeout: float | timedelta | None
     heartbeat_timeout: float | timedelta
     execution: Execution
+
+
+class SubmitOptions(TypedDict, total=False):
+    """The keywords of ``TemporalAsyncTask.submit``."""
+
+    task_id: str | None
+    delay: float | timedelta | None
+    priority: int | None
+    fairness_key: str | None
 
 
 class TemporalAsyncTask(Generic[P, R]):
@@ -172,16 +184,18 @@ class TemporalAsyncTask(Generic[P, R]):
 
     @overload
     async def submit(
-        self: TemporalAsyncTask[None, S],
-        params: None = None,
+        self: TemporalAsyncTask[None, S], params: None = None, **options: Unpack[SubmitOptions]
+    ) -> str: ...
+    @overload
+    async def submit(self, params: P, **options: Unpack[SubmitOptions]) -> str: ...
+    async def submit(
+        self,
+        params: Any = None,
         *,
         task_id: str | None = None,
         delay: float | timedelta | None = None,
-    ) -> str: ...
-    @overload
-    async def submit(self, params: P, *, task_id: str | None = None, delay: float | timedelta | None = None) -> str: ...
-    async def submit(
-        self, params: Any = None, *, task_id: str | None = None, delay: float | timedelta | None = None
+        priority: int | None = None,
+        fairness_key: str | None = None,
     ) -> str:
         """Have the task run by a worker, and return at once. Once this has returned, the run is kept.
 
@@ -190,6 +204,9 @@ class TemporalAsyncTask(Generic[P, R]):
             task_id: The run's id, unless a random one will do. The same id and params twice is one run, so a caller
                 that is not sure whether its submit went through submits again.
             delay: Seconds (or a ``timedelta``) before the run begins.
+            priority: 1 to 5, the lower the sooner, among the runs that wait for a worker; Temporal's default is 3.
+                See https://docs.temporal.io/develop/task-queue-priority-fairness.
+            fairness_key: Runs with different keys (tenants, say) get an equal share of the workers.
 
         Returns:
             The run's id.
@@ -208,8 +225,15 @@ class TemporalAsyncTask(Generic[P, R]):
         if task_id is None:
             task_id = str(uuid.uuid4())
         check_text(task_id, "A task id")
-        wait = None if delay is None else timedelta(seconds=_not_negative(delay, "delay", self.name))
-        await backend.start(self._address, task_id, uuid.uuid4().hex, params, wait)
+        if priority is not None and priority not in _PRIORITIES:
+            raise ParamsError(f"priority must be a whole number from 1 (soonest) to 5, not {priority!r}.")
+        await backend.start(
+            self._address,
+            task_id,
+            params,
+            delay=0.0 if delay is None else _not_negative(delay, "delay", self.name),
+            priority=Priority(priority_key=priority, fairness_key=fairness_key),
+        )
         return task_id
 
     async def get_status(self, task_id: str) -> TaskResult[R]:
@@ -257,30 +281,20 @@ class TemporalAsyncTask(Generic[P, R]):
         self: TemporalAsyncTask[None, S],
         params: None = None,
         *,
-        task_id: str | None = None,
-        delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
+        **options: Unpack[SubmitOptions],
     ) -> S: ...
     @overload
     async def run(
-        self,
-        params: P,
-        *,
-        task_id: str | None = None,
-        delay: float | timedelta | None = None,
-        timeout: float | timedelta | None = None,
+        self, params: P, *, timeout: float | timedelta | None = None, **options: Unpack[SubmitOptions]
     ) -> R: ...
-    async def run(
-        self,
-        params: Any = None,
-        *,
-        task_id: str | None = None,
-        delay: float | timedelta | None = None,
-        timeout: float | timedelta | None = None,
-    ) -> Any:
-        """Submit, and wait for the result. Arguments and errors are those of ``submit`` and ``result``."""
-        task_id = await self.submit(params, task_id=task_id, delay=delay)
-        return await self.result(task_id, timeout=timeout)
+    async def run(self, params: Any = None, *, timeout: float | timedelta | None = None, **options: Any) -> Any:
+        """Submit, and wait for the result. Arguments and errors are those of ``submit`` and ``result``.
+
+        In another task it makes a child of a step: ``await step("child", other.run, params)``. The child is submitted
+        once, and waited for outside of the worker.
+        """
+        return await self.result(await self.submit(params, **options), timeout=timeout)
 
     async def cancel(self, task_id: str, reason: str = "") -> None:
         """Cancel a run: its body gets ``CancelledError`` where it waits, and may clean up with further steps.

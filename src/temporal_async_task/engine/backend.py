@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from temporalio.api.common.v1 import Payload, WorkflowExecution
@@ -76,10 +76,10 @@ class WorkflowBackend:
             raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
         fingerprint = digest(plain)
         start = wire.TaskInput(
-            origin=origin,
+            origin=uuid.uuid4().hex,
             heartbeat_timeout=task.heartbeat_timeout,
             timeout=task.timeout,
-            delay=delay.total_seconds() if delay else 0.0,
+            delay=delay,
         )
         try:
             await self._client.start_workflow(
@@ -90,6 +90,7 @@ class WorkflowBackend:
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo={wire.MEMO_PARAMS: await values.to_payload(fingerprint)},
+                priority=priority,
             )
         except WorkflowAlreadyStartedError:
             await self._check_same(task, task_id, fingerprint)
