@@ -64,7 +64,15 @@ class WorkflowBackend:
     def _values(self, task_id: str) -> PayloadValues:
         return PayloadValues(self._converter, self._client.namespace, task_id)
 
-    async def start(self, task: TaskAddress, task_id: str, origin: str, params: Any, delay: timedelta | None) -> None:
+    async def start(
+        self,
+        task: TaskAddress,
+        task_id: str,
+        params: Any,
+        *,
+        delay: float = 0.0,
+        priority: Priority = Priority.default,
+    ) -> None:
         """Start a run, or find that it was started before with the same params."""
         values = self._values(task_id)
         try:
