@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_MAX_DELAY = 30.0
 LONGEST_DELAY = timedelta(days=365).total_seconds()
 """No delay may be longer, in seconds: Temporal's timers do not take any number that a float may hold."""
 
@@ -97,7 +98,8 @@ class RetryPolicy:
     Attributes:
         max_retries: Tries after the first one: 3 means up to 4 calls, 0 means one call.
         initial_delay: The delay after the first failed call.
-        max_delay: The backoff's upper limit, jitter included. A delay that was asked for (``Retry-After``,
+        max_delay: The backoff's upper limit, jitter included; ``initial_delay`` if that is over the default of 30 s.
+            A delay that was asked for (``Retry-After``,
             ``RetryableError``, ``classify``) may be longer.
         backoff_multiplier: What each further failure multiplies the delay by, from 1 to 1000.
         jitter: A fraction from 0 to 1, so that tasks that failed together do not come back together.
@@ -113,7 +115,7 @@ class RetryPolicy:
 
     max_retries: int = 3
     initial_delay: float | timedelta = 1.0
-    max_delay: float | timedelta = 30.0
+    max_delay: float | timedelta = _DEFAULT_MAX_DELAY
     backoff_multiplier: float = 2.0
     jitter: float = 0.1
     non_retryable: tuple[type[BaseException] | str, ...] = ()
@@ -122,6 +124,8 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         initial = _checked_delay("RetryPolicy.initial_delay", self.initial_delay)
         longest = _checked_delay("RetryPolicy.max_delay", self.max_delay)
+        if longest == _DEFAULT_MAX_DELAY:
+            longest = max(longest, initial)  # who asks for a long first delay need not ask for it twice
         object.__setattr__(self, "initial_delay", initial)
         object.__setattr__(self, "max_delay", longest)
         if longest < initial:

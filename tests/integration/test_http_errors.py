@@ -1,5 +1,6 @@
 """The real HTTP clients against a real server: are their errors understood?"""
 
+import http.client
 import importlib
 import inspect
 import io
@@ -238,9 +239,7 @@ async def test_a_temporary_status_is_retried_after_the_seconds_of_its_retry_afte
 @pytest.mark.parametrize("client", RAISING_WITH_HEADERS)
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
 async def test_a_retry_after_date_is_read_by_the_server_s_clock(base, client, status):
-    decided = await decision(
-        client, f"{base}/answer?status={status}&retry_after={IN_90_SECONDS.replace(' ', '+')}"
-    )
+    decided = await decision(client, f"{base}/answer?status={status}&retry_after={IN_90_SECONDS.replace(' ', '+')}")
     assert decided == RetryDecision(retry=True, delay=90, reason=f"HTTP {status}")
 
 
@@ -327,6 +326,29 @@ async def test_a_host_name_that_does_not_resolve_just_now_is_retried(client, mon
     assert await decision(client, "http://api.example/") == NETWORK_ERROR
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        aiohttp.ServerDisconnectedError(),
+        http.client.BadStatusLine("line"),
+        httpx.PoolTimeout("no free connection"),
+        requests.ConnectionError(),
+        requests.Timeout(),
+        requests.exceptions.ChunkedEncodingError(),
+        socket.herror(),
+        urllib.error.URLError("no answer"),
+        urllib3.exceptions.IncompleteRead(1, 2),
+        urllib3.exceptions.ProtocolError("broken"),
+        urllib3.exceptions.ProxyError("broken", OSError()),
+        urllib3.exceptions.SSLError("broken"),
+        urllib3.exceptions.TimeoutError(),
+    ],
+    ids=repr,
+)
+def test_network_errors_that_are_hard_to_provoke_are_retried_too(error):
+    assert decide(error, EXACT, 1) == NETWORK_ERROR
+
+
 # Requests that cannot work -------------------------------------------------------------------------------
 
 CANNOT_WORK = RetryDecision(retry=False, delay=0, reason="request that cannot work")
@@ -335,14 +357,8 @@ CANNOT_WORK = RetryDecision(retry=False, delay=0, reason="request that cannot wo
 @pytest.mark.parametrize(
     ("client", "url"),
     [
-        *(
-            (httpx_sync, url)
-            for url in ("example.com/", "ftp://example.com/", "http://[::1", "http://:99999")
-        ),
-        *(
-            (httpx_async, url)
-            for url in ("example.com/", "ftp://example.com/", "http://[::1", "http://:99999")
-        ),
+        *((httpx_sync, url) for url in ("example.com/", "ftp://example.com/", "http://[::1", "http://:99999")),
+        *((httpx_async, url) for url in ("example.com/", "ftp://example.com/", "http://[::1", "http://:99999")),
         *((with_requests, url) for url in ("example.com/", "ftp://example.com/", "http://[::1", "http://")),
         *((with_aiohttp, url) for url in ("example.com/", "ftp://example.com/", "http://[::1", "http://")),
         *((with_urllib3, url) for url in ("ftp://example.com/", "http://[::1")),
@@ -352,6 +368,26 @@ CANNOT_WORK = RetryDecision(retry=False, delay=0, reason="request that cannot wo
 )
 async def test_a_bad_url_is_not_tried_again(client, url):
     assert await decision(client, url) == CANNOT_WORK
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        aiohttp.ServerFingerprintMismatch(b"expected", b"got", "127.0.0.1", 443),
+        httpx.CookieConflict("two of a name"),
+        httpx.LocalProtocolError("illegal header"),
+        httpx.ResponseNotRead(),
+        requests.TooManyRedirects(),
+        requests.URLRequired(),
+        requests.exceptions.InvalidHeader(),
+        requests.exceptions.UnrewindableBodyError(),
+        urllib3.exceptions.ProxySchemeUnsupported(),
+        urllib3.exceptions.UnrewindableBodyError(),
+    ],
+    ids=repr,
+)
+def test_slips_in_the_use_of_a_client_are_not_tried_again(error):
+    assert decide(error, EXACT, 1) == CANNOT_WORK
 
 
 @pytest.fixture(scope="module")
@@ -401,9 +437,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", sorted(http_errors._HOPELESS | http_errors._NETWORK | http_errors._HAS_STATUS)
-)
+@pytest.mark.parametrize("name", sorted(http_errors._HOPELESS | http_errors._NETWORK | http_errors._HAS_STATUS))
 def test_each_name_in_the_tables_is_an_exception_of_the_library_as_installed(name):
     package, _, cls = name.partition(".")
     modules = [importlib.import_module(module) for module in MODULES[package]]

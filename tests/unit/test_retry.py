@@ -92,10 +92,7 @@ def test_a_policy_cannot_be_changed():
         *(("max_delay", value) for value in (-1, math.nan, math.inf, 10**400, timedelta(days=366), None)),
         *(("backoff_multiplier", value) for value in (0.5, math.nan, math.inf, 10**400, True, "2")),
         *(("jitter", value) for value in (-0.1, 1.1, math.nan, True, None)),
-        *(
-            ("non_retryable", value)
-            for value in (ValueError, "Error", [ValueError], (int,), (1,), ("a.B",), ("",))
-        ),
+        *(("non_retryable", value) for value in (ValueError, "Error", [ValueError], (int,), (1,), ("a.B",), ("",))),
         ("classify", True),
     ],
 )
@@ -106,9 +103,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_the_name_of_its_field(field, 
 
 
 def test_a_max_delay_below_the_initial_delay_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"max_delay is 5 s, less than initial_delay \(10 s\)\. Raise max_delay"
-    ):
+    with pytest.raises(ConfigError, match=r"max_delay is 5 s, less than initial_delay \(10 s\)\. Raise max_delay"):
         RetryPolicy(initial_delay=10, max_delay=5)
 
 
@@ -139,9 +134,7 @@ def policies(draw):
 @thoroughly
 @given(policies(), counts)
 def test_the_backoff_stays_within_its_bounds_and_never_shrinks(policy, failures):
-    assert (
-        policy.initial_delay <= policy.backoff(failures) <= policy.backoff(failures + 1) <= policy.max_delay
-    )
+    assert policy.initial_delay <= policy.backoff(failures) <= policy.backoff(failures + 1) <= policy.max_delay
 
 
 @thoroughly
@@ -188,9 +181,7 @@ def test_an_error_that_is_final_is_called_so_on_the_last_call_too():
 
 
 def test_classify_comes_before_every_other_rule():
-    policy = RetryPolicy(
-        classify=lambda _: Verdict(retry=True, delay=timedelta(minutes=5), reason="quota"), jitter=0
-    )
+    policy = RetryPolicy(classify=lambda _: Verdict(retry=True, delay=timedelta(minutes=5), reason="quota"), jitter=0)
     assert decide(NonRetryableError(), policy, 1) == RetryDecision(retry=True, delay=300, reason="quota")
 
 
@@ -226,9 +217,7 @@ def test_a_classifier_that_returns_no_verdict_is_logged_and_the_default_rules_de
 @pytest.mark.parametrize("entry", [LookupError, "KeyError", "LookupError"])
 def test_a_type_or_name_among_the_non_retryable_stands_for_subclasses_too(entry):
     policy = RetryPolicy(non_retryable=(BufferError, entry))
-    assert decide(KeyError(), policy, 1) == RetryDecision(
-        retry=False, delay=0, reason="non-retryable by the policy"
-    )
+    assert decide(KeyError(), policy, 1) == RetryDecision(retry=False, delay=0, reason="non-retryable by the policy")
 
 
 @pytest.mark.parametrize("entry", [KeyError, "KeyError", "Lookup"])
@@ -334,9 +323,7 @@ def test_a_programming_error_is_not_retried(error):
 
 
 def test_a_programming_error_while_an_http_error_was_handled_is_still_one():
-    assert (
-        decide(caused_by(VendorError(status_code=503), TypeError()), EXACT, 1).reason == "programming error"
-    )
+    assert decide(caused_by(VendorError(status_code=503), TypeError()), EXACT, 1).reason == "programming error"
 
 
 @pytest.mark.parametrize(
@@ -505,6 +492,7 @@ def test_retry_after_does_not_make_a_final_status_a_temporary_one():
         ({"Retry-After": "Sun, 06 Nov 1994 08:49:37 GMT", "Date": "Mon, 06 Nov 1989 08:49:37 GMT"}, 86400),
         ({"Retry-After": "Sun, 06 Nov 1994 08:49:37 GMT"}, None),
         ({"Retry-After": "Sun, 31 Feb 2094 08:49:37 GMT"}, None),
+        ({"Retry-After": "Sun, 06 Nov 99999999999999999999 08:49:37 GMT"}, None),
     ],
 )
 def test_retry_after_is_read_in_seconds_and_as_a_date_and_else_ignored(headers, seconds):
@@ -537,14 +525,27 @@ def test_an_error_raised_from_an_http_error_is_judged_by_it():
 
 
 def test_of_several_causes_the_nearest_decides():
-    assert (
-        decide(caused_by(caused_by(ConnectionError(), VendorError(status_code=404))), EXACT, 1).reason
-        == "HTTP 404"
-    )
+    assert decide(caused_by(caused_by(ConnectionError(), VendorError(status_code=404))), EXACT, 1).reason == "HTTP 404"
 
 
 def test_an_error_s_own_status_comes_before_its_cause_s():
     assert decide(caused_by(ConnectionError(), VendorError(status_code=404)), EXACT, 1).reason == "HTTP 404"
+    certificate = ssl.SSLCertVerificationError()
+    assert decide(caused_by(certificate, VendorError(status_code=503)), EXACT, 1).reason == "HTTP 503"
+
+
+def test_a_status_comes_before_the_kind_of_the_error():
+    class VendorTypeError(VendorError, TypeError):
+        pass
+
+    assert decide(VendorTypeError(status_code=503), EXACT, 1).reason == "HTTP 503"
+
+
+@pytest.mark.parametrize(
+    "error", [VendorError("failed", VendorError(status_code=404)), VendorError(reason=VendorError(status_code=404))]
+)
+def test_a_cause_may_also_be_an_argument_or_the_reason(error):
+    assert decide(error, EXACT, 1).reason == "HTTP 404"
 
 
 def test_a_timeout_raised_from_a_404_is_a_timeout():

@@ -68,7 +68,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("temporal_async_task")
 
 NOTE_INTERVAL = 1.0
-"""Seconds between two writes of what is not awaited: running steps, progress."""
+"""Seconds, at least, between two writes of what is not awaited: running steps, progress."""
+NOTE_DELAY = 0.2
+"""Seconds before what is not awaited is written: a step that is quicker costs no more than its checkpoint."""
 UNWIND_TIMEOUT = 3.0
 """Seconds that a body may take over its ``finally`` blocks when an attempt ends before it."""
 CLEANUP_TIMEOUT = 60.0
@@ -127,6 +129,7 @@ class Attempt:
         self._body_was_first = False
         self._timers: list[asyncio.TimerHandle] = []
         self._note_timer: asyncio.TimerHandle | None = None
+        self._last_note = float("-inf")
 
     # The attempt as a whole
 
@@ -420,13 +423,15 @@ class Attempt:
             self._note_timer = None
         await self._carrier.checkpoint(self.journal.snapshot())
 
-    def _note(self, *, after: float = NOTE_INTERVAL) -> None:
-        """Have the journal written within a second, once, unless a checkpoint comes first."""
+    def _note(self, *, after: float = NOTE_DELAY) -> None:
+        """Have the journal written soon, once, unless a checkpoint comes first."""
         if self._note_timer is None and not self.unwinding:
-            self._note_timer = self._loop.call_later(after, self._write_note)
+            delay = max(after, self._last_note + NOTE_INTERVAL - self._loop.time())
+            self._note_timer = self._loop.call_later(delay, self._write_note)
 
     def _write_note(self) -> None:
         self._note_timer = None
+        self._last_note = self._loop.time()
         if not self._ended.done():
             self._carrier.note(self.journal.snapshot())
 

@@ -31,10 +31,13 @@ from temporal_async_task.errors import (
 
 if TYPE_CHECKING:
     from temporalio.api.failure.v1 import Failure
+    from temporalio.api.workflow.v1 import WorkflowExecutionInfo
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
 
     from temporal_async_task.status import TaskResult
 
+_ENDING = 7
+"""Events that a run's history has at least when its activity has ended."""
 _RUNNING = {
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_RUNNING,
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_PAUSED,
@@ -124,14 +127,29 @@ class WorkflowBackend:
         """One call to the server while the run goes on, two after its end."""
         found = await self._found(task, task_id)
         values = self._values(task_id)
-        if found.workflow_execution_info.status in _RUNNING:
-            return await running(task_id, found, values)
+        info = found.workflow_execution_info
+        if info.status in _RUNNING:
+            result = None
+            if not found.pending_activities and found.HasField("pending_workflow_task"):
+                result = await self._result_so_far(info)
+            return await running(task_id, found, values, result)
         return await self._ended(task, task_id, found, values)
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """The status after the end of the run, however long that takes."""
         found = await self._found(task, task_id)
         return await self._ended(task, task_id, found, self._values(task_id))
+
+    async def _result_so_far(self, info: WorkflowExecutionInfo) -> Payload | None:
+        """What the activity returned, of a run whose workflow has not taken it yet."""
+        if info.history_length < _ENDING:
+            return None
+        handle = self._client.get_workflow_handle(info.execution.workflow_id, run_id=info.execution.run_id)
+        result = None
+        async for event in handle.fetch_history_events():
+            for payload in event.activity_task_completed_event_attributes.result.payloads:
+                result = payload
+        return result
 
     async def ids(self, task: TaskAddress, query: str) -> AsyncIterator[str]:
         """The ids of a task's runs that a visibility query finds, newest first."""

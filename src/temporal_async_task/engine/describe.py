@@ -33,15 +33,17 @@ _ENDED_WITHOUT_CODE = {
 }
 
 
-async def running(task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues) -> TaskResult[Any]:
-    """A run that has not ended."""
+async def running(
+    task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues, result: Payload | None
+) -> TaskResult[Any]:
+    """A run that has not ended. ``result`` is its activity's, if the workflow has yet to take it."""
     info = found.workflow_execution_info
     activity = next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)
     held = info.memo.fields.get(wire.MEMO_JOURNAL)
-    details = activity.heartbeat_details.payloads[:1] if activity else ()
+    details = activity.heartbeat_details.payloads[:1] if activity else _header_of(result)
     journal = await _journal(details or ([held] if held else []), values)
-    if activity is None:  # before the first activity, or between two: the workflow waits for an event
-        status = TaskStatus.PROCESSING if held else TaskStatus.PENDING
+    if activity is None:  # the workflow holds the journal, or takes the result, or has not begun yet
+        status = TaskStatus.PROCESSING if held or result is not None else TaskStatus.PENDING
         due = min((record.due for record in journal if record.due is not None), default=None)
         return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
     waiting = activity.state not in IN_AN_ATTEMPT
@@ -69,8 +71,7 @@ async def completed(
     task_id: str, info: WorkflowExecutionInfo, result: Payload, values: PayloadValues, result_type: Any
 ) -> TaskResult[Any]:
     """A run that ended with a result."""
-    header = result.metadata.get(wire.RESULT_JOURNAL)
-    journal = await _journal([Payload.FromString(header)] if header else [], values)
+    journal = await _journal(_header_of(result), values)
     outcome: dict[str, Any]
     try:
         outcome = {"result": await values.from_payload(result, result_type)}
@@ -110,6 +111,16 @@ def failure_of(error: WorkflowFailureError) -> Failure:
     if isinstance(cause, FailureError) and cause.failure is not None:
         return cause.failure
     return Failure(message=str(cause))
+
+
+def _header_of(result: Payload | None) -> list[Payload]:
+    """The journal's header that came with an activity's result."""
+    if result is None:
+        return []
+    if wire.hold_of(result) is not None:
+        return wire.unpack(result)[:1]
+    header = result.metadata.get(wire.RESULT_JOURNAL)
+    return [Payload.FromString(header)] if header else []
 
 
 async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:

@@ -70,13 +70,13 @@ class UserLoop:
             self.call_soon(self._answer)
             return 0.0
         stalled = time.monotonic() - self._beat
-        if stalled > STALL and not self._reported:
+        if stalled > STALL and not self._reported and (where := self._where()) is not None:
             self._reported = True
             logger.warning(
                 "Blocking code in async code of %s: %s. It holds up the other tasks of this worker; make the call in a "
                 "sync function (a step runs it in a thread), or use an async client.",
                 self._current_task(),
-                self._where(),
+                where,
             )
         return stalled
 
@@ -90,15 +90,15 @@ class UserLoop:
             task = None
         return task.get_name() if task else "a callback"
 
-    def _where(self) -> str:
-        """The innermost source line of the application's own: not of a library."""
+    def _where(self) -> str | None:
+        """The innermost source line of the application's own, not of a library; None if there is none.
+
+        Without one, it is the machine that is slow.
+        """
         frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001 - documented for this use
         frame = frames.get(self._thread.ident or 0)
-        if frame is None:
-            return "an unknown place"
-        stack = traceback.extract_stack(frame)
-        own = [line for line in stack if not line.filename.startswith(_NOT_USERS)] or stack
-        return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}"
+        own = [line for line in traceback.extract_stack(frame) if not line.filename.startswith(_NOT_USERS)]
+        return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if frame and own else None
 
     def stop(self, timeout: float = 2.0) -> None:
         """Stop the loop, if its code lets it; waits for at most ``timeout`` seconds."""
