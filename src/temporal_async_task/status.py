@@ -55,6 +55,8 @@ class StepStatus:
     """``Type: message`` of the last failed call."""
     next_attempt_at: datetime | None = None
     """When it is due again, while it backs off or waits."""
+    child_task_id: str | None = None
+    """The id of the run that it has submitted, if it is a child task."""
 
 
 @dataclass(frozen=True, slots=True)

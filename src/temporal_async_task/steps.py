@@ -10,7 +10,7 @@ import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 from temporal_async_task.errors import InvalidKeyError, StepUsageError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from temporal_async_task.retry import RetryPolicy
+    from temporal_async_task.status import TaskResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,6 +102,33 @@ class StepInfo:
     """Stable over retries, workers and resumes, and different for every step and run (a UUID)."""
 
 
+@runtime_checkable
+class ChildTask(Protocol):
+    """A task, as a step that runs it needs it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def result_type(self) -> Any: ...
+
+    async def __call__(self, params: Any = None) -> Any: ...
+
+    async def submit(self, params: Any = None, **options: Any) -> str: ...
+
+    async def get_status(self, task_id: str) -> TaskResult[Any]: ...
+
+    async def cancel(self, task_id: str, reason: str = "") -> None: ...
+
+    async def resume(self, task_id: str) -> str: ...
+
+
+def child_of(call: Callable[..., Any]) -> ChildTask | None:
+    """The task whose ``run`` a step is to call, if it is one: ``step("child", other.run, params)``."""
+    owner = getattr(call, "__self__", None)
+    return owner if getattr(call, "__name__", "") == "run" and isinstance(owner, ChildTask) else None
+
+
 class StepRunner(Protocol):
     """The run to which the calling code belongs, as this module needs it."""
 
@@ -146,6 +174,9 @@ class StepFunction:
     async def __call__(self, key: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     async def __call__(self, key: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Make one external call, durably: once it has finished, it is never made again in this run.
+
+        ``await step("child", other_task.run, params)`` makes a child run: it is submitted once, and waited for without
+        a worker slot. Cancelling this run cancels it.
 
         Args:
             key: Names the step, unique in the run. A finished step is found by it, wherever it stands in the code.

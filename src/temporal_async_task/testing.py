@@ -266,6 +266,7 @@ class TaskRun(Generic[R]):
             step_timeout=self.task.step_timeout,
             deadline=self.task.timeout,
             timeout=self.task.timeout,
+            local=True,
             attempt=number,
             params=self.params,
         )

@@ -167,6 +167,7 @@ def _step(record: StepRecord) -> StepStatus:
         finished_at=_of(record.finished),
         last_error=str(record.error) if record.error else None,
         next_attempt_at=_of(record.due),
+        child_task_id=record.child,
     )
 
 

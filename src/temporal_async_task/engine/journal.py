@@ -79,6 +79,8 @@ class StepRecord:
     due: float | None = None
     """Not to be called before."""
     error: ErrorInfo | None = None
+    child: str | None = None
+    """The id of the run that this step has submitted, if it is a child."""
     result: bytes | None = None
 
     def to_json(self, max_error_text: int = _MAX_ERROR_TEXT) -> list[Any]:
@@ -95,13 +97,14 @@ class StepRecord:
             _rounded(self.finished),
             _rounded(self.due),
             error,
+            self.child,
         ]
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> StepRecord:
-        key, state, calls, failures, lost, started, finished, due, error = fields
+        key, state, calls, failures, lost, started, finished, due, error, child = fields
         error = ErrorInfo(*error) if error else None
-        return cls(key, StepState(state), calls, failures, lost, started, finished, due, error)
+        return cls(key, StepState(state), calls, failures, lost, started, finished, due, error, child)
 
 
 @dataclass(slots=True)
@@ -189,6 +192,8 @@ class Journal:
             if record.state in {StepState.RUNNING, StepState.WAITING}:
                 record.failures = record.lost = 0
                 fresh._open[record.key] = record
+            elif record.child is not None:
+                fresh.open(record.key).child = record.child  # it is resumed, too
         return fresh
 
     def _add_done(self, record: StepRecord) -> None:

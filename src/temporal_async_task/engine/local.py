@@ -13,6 +13,7 @@ from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.engine.outcome import Completed, Failed, RunSettings
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.values import PayloadValues, return_type
+from temporal_async_task.steps import step_var
 
 if TYPE_CHECKING:
     from temporal_async_task.registry import TaskDefinition
@@ -41,8 +42,10 @@ async def run_here(task: TaskDefinition, params: Any) -> Any:
         retry_policy=task.retry_policy,
         step_timeout=task.step_timeout,
         in_place=float("inf"),  # every wait is spent here
+        local=True,
         params=params,
     )
+    step_var.set(None)  # a child of a step, in memory
     runner = Runner(settings, Journal(), values, _Memory(), return_type=return_type)
     outcome = await runner.run(bind_body(task.function, (params,) if task.takes_params else (), runner))
     match outcome:

@@ -93,5 +93,7 @@ class RunSettings:
     timeout: float | None = None
     max_lost_attempts: int = 10
     in_place: float = IN_PLACE
+    local: bool = False
+    """No server: a child task is run on the spot."""
     attempt: int = 1
     params: Any = None

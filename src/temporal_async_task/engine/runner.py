@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, lost, recorded_failure
@@ -17,10 +18,11 @@ from temporal_async_task.errors import (
     ResultError,
     RetryableError,
     StepUsageError,
+    TaskFailedError,
 )
 from temporal_async_task.retry import RetryPolicy, decide
-from temporal_async_task.status import StepState
-from temporal_async_task.steps import StepCall, check_text, step_var
+from temporal_async_task.status import StepState, TaskStatus
+from temporal_async_task.steps import ChildTask, StepCall, check_text, child_of, idempotency_key, step_var
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -28,11 +30,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("temporal_async_task")
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A child's result, which may be None."""
+
+    value: Any
+
+
+def _child_pause(looks: int) -> float:
+    """Seconds until a child is looked at again: soon at first, for those that are quick."""
+    return float(min(0.25 * 2 ** min(looks, 10), 15.0))
+
+
 class Runner(Attempt):
     """An attempt with its steps: the engine's side of ``steps.StepRunner``."""
 
     async def step(self, call: StepCall) -> Any:
         """Answer a step from the journal, or make its call. See ``steps.step``."""
+        if (child := child_of(call.call)) is not None:
+            return await self._child(child, call)
         hint = call.options.result_type or self._return_type(call.call)  # refused before the call, if it must be
         with self._in_flight(call.key, "step"):
             record = self.journal.get(call.key) or self._opened(call.key)
@@ -42,6 +58,37 @@ class Runner(Attempt):
                 raise recorded_failure(record)
             await self._drive(call, record)
             return await self._answer(record, hint)
+
+    async def _child(self, child: ChildTask, call: StepCall) -> Any:
+        """A step that runs another task: submits it once, and looks at it until it has ended."""
+        if self.settings.local:
+            return await self.step(replace(call, call=child.__call__, kwargs={}))
+        options = call.kwargs
+        child_id = options.get("task_id") or idempotency_key(self.settings.origin, call.key)
+
+        async def look() -> _Ready | None:
+            if record.child is None:
+                await child.submit(*call.args, **(options | {"task_id": child_id}))
+                record.child = child_id
+            elif record.calls == 0 and (await child.get_status(child_id)).status is TaskStatus.FAILED:
+                await child.resume(child_id)  # this run was resumed, and so is what made it fail
+            run = await child.get_status(child_id)
+            if run.status is TaskStatus.FAILED:
+                raise TaskFailedError(child_id, run.error_type or "Error", run.error or "")
+            return _Ready(run.result) if run.status is TaskStatus.COMPLETED else None
+
+        with self._in_flight(call.key, "step"):
+            record = self.journal.get(call.key) or self._opened(call.key)
+            if record.state is StepState.FAILED:
+                raise recorded_failure(record)
+            try:
+                if record.state is not StepState.COMPLETED:
+                    await self._poll(replace(call, call=look, args=(), kwargs={}), record, _child_pause, None)
+            except asyncio.CancelledError:
+                if self._cancelled and record.child is not None:
+                    await child.cancel(record.child, self.journal.cancel_reason or "")
+                raise
+            return await self._answer(record, call.options.result_type or child.result_type)
 
     async def sleep(self, key: str, duration: float) -> None:
         """Wait until ``duration`` seconds after the first ask. See ``steps.sleep``."""
@@ -71,7 +118,11 @@ class Runner(Attempt):
     ) -> None:
         policy = call.options.retry_policy or self.settings.retry_policy
         while True:
-            value, pause = await self._poll_once(call, record, policy, patient=timeout is not None)
+            patient = timeout is not None or record.child is not None
+            value, pause = await self._poll_once(call, record, policy, patient=patient)
+            if isinstance(value, _Ready):
+                await self._finish(record, value.value)
+                return
             if value is not None:
                 await self._finish(record, value)
                 return
