@@ -141,6 +141,8 @@ class TemporalAsyncTask(Generic[P, R]):
         self.task_queue = check_text(task_queue, f"The task queue of task {name!r}")
         self.workflow_type = check_text(wire.WORKFLOW_PREFIX + name, f"The workflow type of task {name!r}")
         self.function = task
+        if not isinstance(retry_policy, RetryPolicy | None):
+            raise ConfigError(f"retry_policy of task {name!r} must be a RetryPolicy(...), not {retry_policy!r}.")
         self.retry_policy = RetryPolicy() if retry_policy is None else retry_policy
         self.step_timeout = _positive(step_timeout, "step_timeout", name)
         self.timeout = None if timeout is None else _positive(timeout, "timeout", name)

@@ -31,7 +31,7 @@ from temporal_async_task.testing import TaskRun, When
 
 settings.register_profile(
     "engine",
-    max_examples=150,
+    max_examples=300,
     deadline=None,  # the first example pays for imports
     print_blob=True,  # a failure on CI is repeated here with @reproduce_failure
     suppress_health_check=[HealthCheck.too_slow],

@@ -164,10 +164,13 @@ class _Attempt:
 
     def tell(self, request: Callable[[Runner], None]) -> None:
         """Call a method of the runner on its own loop, now or as soon as there is one."""
+        self._user_loop.call_soon(self._pass_on, request)
+
+    def _pass_on(self, request: Callable[[Runner], None]) -> None:
         if self._runner is None:
             self._requests.append(request)
         else:
-            self._user_loop.call_soon(request, self._runner)
+            request(self._runner)
 
     def superseded(self) -> None:
         self.tell(Runner.supersede)
@@ -247,7 +250,19 @@ class _Attempt:
             attempt=journal.attempt,
             params=args[0] if args else None,
         )
-        self._runner = runner = Runner(
+        heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
+        self._writer = JournalWriter(
+            self._client, self._info.task_token, self._encode, min(heartbeat / 3, KEEP_ALIVE), self
+        )
+        writing = asyncio.create_task(self._writer.run(self._details))
+        try:
+            return await asyncio.wrap_future(self._user_loop.run(self._run(task, args, settings, journal)))
+        finally:
+            writing.cancel()
+
+    async def _run(self, task: TaskDefinition, args: Sequence[Any], settings: RunSettings, journal: Journal) -> Outcome:
+        """Run the attempt's code; on the user's loop."""
+        self._runner = Runner(
             settings,
             journal,
             self._values,
@@ -257,18 +272,9 @@ class _Attempt:
             cancelled=journal.cancel_reason is not None,
             events=self._events,
         )
-        heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
-        self._writer = JournalWriter(
-            self._client, self._info.task_token, self._encode, min(heartbeat / 3, KEEP_ALIVE), self
-        )
-        writing = asyncio.create_task(self._writer.run(self._details))
-        try:
-            running = self._user_loop.run(runner.run(bind_body(task.function, tuple(args), runner)))
-            for request in self._requests:
-                self.tell(request)
-            return await asyncio.wrap_future(running)
-        finally:
-            writing.cancel()
+        for request in self._requests:
+            request(self._runner)
+        return await self._runner.run(bind_body(task.function, tuple(args), self._runner))
 
     # The outcome
 

@@ -93,7 +93,7 @@ NEVER = float("inf")
 
 
 class Attempt:
-    """One attempt at one run. ``runner.Runner`` adds the steps."""
+    """One attempt at one run. ``runner.Runner`` adds the steps. Made and used on the event loop of the user's code."""
 
     def __init__(
         self,
@@ -107,6 +107,9 @@ class Attempt:
         cancelled: bool = False,
         events: Mapping[str, bytes] | None = None,
     ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[Outcome] = self._loop.create_future()
+        self._body: asyncio.Task[Any] | None = None
         self.settings = settings
         self.journal = journal
         self.unwinding = False
@@ -135,13 +138,16 @@ class Attempt:
 
     async def run(self, body: Callable[[], Awaitable[Any]]) -> Outcome:
         """Run the body until it, or the attempt, ends."""
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[Outcome] = self._loop.create_future()
         if self.settings.deadline is not None:
             left = self.settings.deadline - self._carrier.now()
             self._timers.append(self._loop.call_later(max(left, 0), self._time_out))
         try:
             return await self._run(body)
+        except asyncio.CancelledError:  # of whoever runs it: a call without a server, its loop that ends
+            if self._body is not None:
+                self._body.cancel()
+                await asyncio.wait((self._body,), timeout=UNWIND_TIMEOUT)
+            raise
         finally:
             for timer in self._timers:
                 timer.cancel()
@@ -183,15 +189,16 @@ class Attempt:
         context = contextvars.copy_context()
         context.run(scope.set, self)
         context.run(runner_var.set, cast("StepRunner", self))  # which Runner makes it
-        self._body = self._loop.create_task(_awaited(body), context=context, name=f"task {self.settings.task_name!r}")
-        self._body.add_done_callback(self._note_body_done)
-        self.adopt(self._body)
-        both = (self._body, self._ended)
+        name = f"task {self.settings.task_name!r}"
+        running = self._body = self._loop.create_task(_awaited(body), context=context, name=name)
+        running.add_done_callback(self._note_body_done)
+        self.adopt(running)
+        both = (running, self._ended)
         timeout = self.settings.step_timeout
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
         if not done and not self._asked:
             # A body without steps is itself the step.
-            self._body.cancel()
+            running.cancel()
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not self._ended.done():
                 return self._body_failed(TimeoutError(f"no result within the step's timeout of {timeout} s"))
@@ -199,7 +206,7 @@ class Attempt:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if self._ended.done() and (not self._body_was_first or isinstance(self._ended.result(), Superseded)):
             return self._ended.result()
-        return await self._body_outcome(self._body)
+        return await self._body_outcome(running)
 
     def _note_body_done(self, _: asyncio.Task[Any]) -> None:
         # What the body does once its attempt has ended is no outcome: it was told to leave.
@@ -257,7 +264,8 @@ class Attempt:
             return
         self._cancelled = True
         self.journal.cancel_reason = reason
-        self._deliver_cancel()
+        if self._body is not None:  # else it is raised in the place of the first unfinished step
+            self._deliver_cancel(self._body)
 
     def drain(self) -> None:
         """Begin nothing more; the attempt is given back as soon as no step is in flight."""
@@ -279,10 +287,10 @@ class Attempt:
         if not self._ended.done():
             self._ended.set_result(outcome)
 
-    def _deliver_cancel(self) -> None:
+    def _deliver_cancel(self, body: asyncio.Task[Any]) -> None:
         self._cancel_delivered = True
         self._cancel_arriving = self._engine_task(self._settled())
-        self._body.cancel()
+        body.cancel()
         over = Cancelled(self.journal.cancel_reason or "")
         self._timers.append(self._loop.call_later(CLEANUP_TIMEOUT, self._end, over))
 
@@ -294,7 +302,7 @@ class Attempt:
 
     def _disown(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (self.unwinding or isinstance(task.exception(), Unwind)):
+        if self.unwinding and not task.cancelled():
             task.exception()  # seen: asyncio is not to complain of an error that nobody awaits any more
 
     async def _unwind(self) -> None:
@@ -332,8 +340,8 @@ class Attempt:
     async def _refuse_cancelled(self) -> None:
         """Raise a cancellation that was asked for before this attempt, in the place of a step."""
         self._refuse_if_ended()
-        if self._cancelled and not self._cancel_delivered:
-            self._deliver_cancel()
+        if self._cancelled and not self._cancel_delivered and self._body is not None:
+            self._deliver_cancel(self._body)
             await self._loop.create_future()  # it is raised here, or where the body awaits this step
         if self._cancel_arriving is not None and not self._cancel_arriving.done():
             # From the body it goes on to its children, a turn of the loop for each level: this may be one of them.

@@ -57,12 +57,28 @@ class TaskAddress:
     timeout: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedParams:
+    """Params as the server gets them."""
+
+    payload: Payload
+    fingerprint: str
+    """A digest of them, before any codec."""
+    memo: dict[str, Payload]
+    """What a run keeps of them, for the next submit to compare."""
+
+
 class WorkflowBackend:
     """Tasks carried by the generic workflow."""
 
     def __init__(self, client: Client) -> None:
         self._converter = client.data_converter
         self._client = raw_client(client)
+
+    @property
+    def client(self) -> Client:
+        """The connection, for payloads as they are."""
+        return self._client
 
     def _values(self, task_id: str) -> PayloadValues:
         return PayloadValues(self._converter, self._client.namespace, task_id)
@@ -77,15 +93,7 @@ class WorkflowBackend:
         priority: Priority = Priority.default,
     ) -> None:
         """Start a run, or find that it was started before with the same params."""
-        values = self._values(task_id)
-        try:
-            plain = values.check(params, task.params_type)
-            payload = await values.to_payload(params)
-        except ResultError as error:
-            raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
-        except PayloadTooLargeError as error:
-            raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
-        fingerprint = digest(plain)
+        encoded = await self.encode_params(task, task_id, params)
         start = wire.TaskInput(
             origin=uuid.uuid4().hex,
             heartbeat_timeout=task.heartbeat_timeout,
@@ -95,18 +103,36 @@ class WorkflowBackend:
         try:
             await self._client.start_workflow(
                 task.workflow_type,
-                args=[RawValue(start.to_payload()), RawValue(payload)],
+                args=[RawValue(start.to_payload()), RawValue(encoded.payload)],
                 id=task_id,
                 task_queue=task.task_queue,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                memo={wire.MEMO_PARAMS: await values.to_payload(fingerprint)},
+                memo=encoded.memo,
                 priority=priority,
             )
         except WorkflowAlreadyStartedError:
-            await self._check_same(task, task_id, fingerprint)
+            await self._check_same(task, task_id, encoded.fingerprint)
         except RPCError as error:
             raise translated(error, self._client) from error
+
+    async def encode_params(self, task: TaskAddress, task_id: str, params: Any) -> EncodedParams:
+        """Params for a run with this id.
+
+        Raises:
+            ParamsError: They do not fit the task's annotation, or cannot be serialised.
+            PayloadTooLargeError: They are larger than the server takes.
+        """
+        values = self._values(task_id)
+        try:
+            plain = values.check(params, task.params_type)
+            payload = await values.to_payload(params)
+        except ResultError as error:
+            raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
+        except PayloadTooLargeError as error:
+            raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
+        fingerprint = digest(plain)
+        return EncodedParams(payload, fingerprint, {wire.MEMO_PARAMS: await values.to_payload(fingerprint)})
 
     async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
         found = await self._describe(task_id)

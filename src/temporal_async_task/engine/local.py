@@ -43,6 +43,7 @@ async def run_here(task: TaskDefinition, params: Any) -> Any:
         step_timeout=task.step_timeout,
         in_place=float("inf"),  # every wait is spent here
         local=True,
+        events=False,
         params=params,
     )
     step_var.set(None)  # a child of a step, in memory

@@ -95,5 +95,7 @@ class RunSettings:
     in_place: float = IN_PLACE
     local: bool = False
     """No server: a child task is run on the spot."""
+    events: bool = True
+    """Whether events from outside can come."""
     attempt: int = 1
     params: Any = None

@@ -9,6 +9,7 @@ from temporalio.api.enums.v1 import EventType
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, Snapshot
+from temporal_async_task.engine.workflow import own_input
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,8 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse,
     execution = found.workflow_execution_info.execution
     handle = client.get_workflow_handle(execution.workflow_id, run_id=execution.run_id)
     events = [event async for event in handle.fetch_history_events()]
-    inputs = list(events[0].workflow_execution_started_event_attributes.input.payloads)
+    started = events[0].workflow_execution_started_event_attributes
+    inputs = list(started.input.payloads)
     journal = inputs[2:]
     for event in events:
         journal = _held(event) or journal
@@ -49,7 +51,7 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse,
     elif failure := await _details(events[-1], values):
         journal, encoded = failure, False  # with the failure, its details were decoded
     return Remains(
-        start=wire.TaskInput.from_payload(inputs[0]),
+        start=own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id),
         params=inputs[1],
         journal=await values.decode_journal(journal) if encoded else _plain(journal),
     )

@@ -161,6 +161,11 @@ class Runner(Attempt):
 
     async def wait_for(self, key: str, timeout: float | None, hint: Any) -> Any:
         """Wait for an event from outside. See ``steps.wait_for``."""
+        if not self.settings.events:
+            raise StepUsageError(
+                f"wait_for({key!r}) waits for an event from outside, and there is no server to bring it. Submit the "
+                f"task, or test it with testing.TaskRun and its send()."
+            )
         with self._in_flight(key, "wait_for"):
             record = self.journal.get(key) or self._opened(key)
             if record.state is StepState.FAILED:

@@ -13,10 +13,24 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticSchemaGenerationError
 from temporalio.api.common.v1 import Payload
 from temporalio.api.failure.v1 import Failure
 from temporalio.common import RawValue
@@ -83,6 +97,7 @@ class PayloadValues:
         """
         try:
             [value] = self._converter.payload_converter.from_payloads([readable], _hint(type_hint))
+            _check_fit(readable, value, type_hint)
         except Exception as error:
             raise ResultError(
                 f"the stored value does not fit {_name(type_hint)}: {type(error).__name__}: {error}"
@@ -143,7 +158,8 @@ class PayloadValues:
         converter = self._converter.payload_converter
         try:
             [payload] = converter.to_payloads([value])
-            converter.from_payloads([payload], _hint(type_hint))
+            [decoded] = converter.from_payloads([payload], _hint(type_hint))
+            _check_fit(payload, decoded, type_hint)
         except Exception as error:
             raise ResultError(f"{type(error).__name__}: {error}") from error
         return payload
@@ -151,6 +167,16 @@ class PayloadValues:
 
 def _hint(type_hint: Any) -> list[type]:
     return [cast("type", Any if type_hint is None else type_hint)]
+
+
+def _check_fit(payload: Payload, value: Any, type_hint: Any) -> None:
+    """Refuse what a converter lets pass: it looks at the type of JSON only, not of None and bytes."""
+    if type_hint is not None and payload.metadata.get("encoding") in (b"binary/null", b"binary/plain"):
+        try:
+            adapter = TypeAdapter[Any](type_hint)
+        except PydanticSchemaGenerationError:  # a type of the application's own converter
+            return
+        adapter.validate_python(value, strict=True)
 
 
 def digest(payload: Payload) -> str:
@@ -174,16 +200,18 @@ def return_type(call: Callable[..., Any]) -> Any:
     function = _function(call)
     if inspect.isclass(function):
         return function
+    owner: Any = getattr(call, "__self__", None)
     try:
-        return _hints[function]
+        hint = _hints[function]
     except (KeyError, TypeError):
-        pass
-    try:
-        hint = _result_of(_annotations(function).get("return"))
-    except ConfigError as error:
-        raise StepUsageError(f"{error} Or name the type: step.with_options(result_type=...).") from error
-    if isinstance(function, types.FunctionType):
-        _hints[function] = hint
+        try:
+            hint = _result_of(_annotations(function).get("return"))
+        except ConfigError as error:
+            raise StepUsageError(f"{error} Or name the type: step.with_options(result_type=...).") from error
+        if isinstance(function, types.FunctionType):
+            _hints[function] = hint
+    if hint is typing.Self and owner is not None:
+        return owner if inspect.isclass(owner) else owner.__class__
     return hint
 
 
@@ -246,19 +274,19 @@ def _annotations(function: Callable[..., Any], scope: Mapping[str, Any] | None =
 
 def _result_of(hint: Any, *, generator: bool = False) -> Any:
     """The type of the value in the end: of ``Awaitable[T]`` it is T."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in {Awaitable, Coroutine} and args:
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (Awaitable, Coroutine) and args:
         return _result_of(args[-1])
-    if generator and origin is Generator and len(args) == 3:  # noqa: PLR2004 - yield, send, return
-        return _result_of(args[2])
-    if generator and (origin is AsyncGenerator or hint in {AsyncGenerator, Generator}):
-        for part in typing.get_args(args[0]) or args[:1]:
+    if generator and origin in (Generator, Iterator, Iterable):
+        returned = 2  # of what a generator yields, receives and returns
+        return _result_of(args[returned]) if len(args) > returned else None
+    if generator and origin in (AsyncGenerator, AsyncIterator, AsyncIterable):
+        yielded = args[0] if args else None
+        for part in (yielded, *typing.get_args(yielded)):
             if typing.get_origin(part) is Result:
                 return _result_of(typing.get_args(part)[0])
         return None
-    if hint is Any or isinstance(hint, TypeVar):
-        return None
-    return hint
+    return None if hint is Any or isinstance(hint, TypeVar) else hint
 
 
 def _name(thing: Any) -> str:

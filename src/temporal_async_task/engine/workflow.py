@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 from temporalio import workflow
@@ -24,6 +25,14 @@ _ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficie
 # The server wants a bound. It is not what notices a dead worker (the heartbeat timeout is).
 _NO_LIMIT = timedelta(days=3650)
 _COLLECT_RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=2))
+
+
+def own_input(start: wire.TaskInput, run_id: str) -> wire.TaskInput:
+    """What a run was started with, its origin filled in.
+
+    A schedule starts all of its runs with one message, whose origin is empty: each run's own id, a UUID, is its origin.
+    """
+    return start if start.origin else replace(start, origin=run_id.replace("-", ""))
 
 
 @workflow.defn(dynamic=True)
@@ -59,7 +68,7 @@ class TaskWorkflow:
                 non_retryable=True,
             )
         try:
-            start = wire.TaskInput.from_payload(args[0].payload)
+            start = own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
         except (IndexError, TypeError, ValueError) as error:
             raise ApplicationError(
                 f"Task {name!r} was not started by temporal-async-task. Use task.submit(), or the async-task command.",
