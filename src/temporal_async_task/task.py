@@ -26,6 +26,14 @@ from temporal_async_task.errors import (
     TaskFailedError,
 )
 from temporal_async_task.retry import RetryPolicy
+from temporal_async_task.schedules import (
+    ScheduleHandle,
+    ScheduleOptions,
+    TaskSchedule,
+    create_schedule,
+    find_schedule,
+    list_schedules,
+)
 from temporal_async_task.status import TaskResult, TaskStatus
 from temporal_async_task.steps import Result, Step, check_text, seconds
 
@@ -222,8 +230,7 @@ class TemporalAsyncTask(Generic[P, R]):
             InvalidKeyError: The id cannot be one.
         """
         backend = self._connected()
-        if not self.takes_params and params is not None:
-            raise ParamsError(f"Task {self.name!r} takes no params; it was given {type(params).__name__}.")
+        self._refuse_params_in_vain(params)
         if task_id is None:
             task_id = str(uuid.uuid4())
         check_text(task_id, "A task id")
@@ -368,6 +375,70 @@ class TemporalAsyncTask(Generic[P, R]):
                 found += 1
                 if limit is not None and found >= limit:
                     return
+
+    # Schedules
+
+    @overload
+    async def schedule(
+        self: TemporalAsyncTask[None, Any], schedule_id: str, params: None = None, **options: Unpack[ScheduleOptions]
+    ) -> ScheduleHandle: ...
+    @overload
+    async def schedule(self, schedule_id: str, params: P, **options: Unpack[ScheduleOptions]) -> ScheduleHandle: ...
+    async def schedule(
+        self, schedule_id: str, params: Any = None, **options: Unpack[ScheduleOptions]
+    ) -> ScheduleHandle:
+        """Have runs begin by the clock, from now on. The server keeps the schedule: no process need be up for it.
+
+        A run's id is the schedule's and the time for which it was due, as in ``nightly-2026-01-31T03:00:00Z``. The
+        runs are like any others, and get the params, ``timeout`` and ``heartbeat_timeout`` as they are now: to change
+        them, delete the schedule and make it anew.
+
+        Args:
+            schedule_id: The schedule's id, unique in the Temporal namespace.
+            params: What the function is called with, each time.
+            cron: When runs begin: one or more cron expressions of five fields, or ``@daily`` and the like; see
+                https://docs.temporal.io/schedule#spec. Either this or ``every``.
+            every: Whole seconds (or a ``timedelta``) between two runs, counted from 1970: 3600 is at the full hour.
+            overlap: What happens when a run is due while the one before it goes on: ``"skip"`` leaves it out,
+                ``"buffer_one"`` and ``"buffer_all"`` begin it (or all of them) later, ``"cancel_other"`` and
+                ``"terminate_other"`` end the older, ``"allow_all"`` lets them run side by side.
+            time_zone: Whose clock ``cron`` means, as in ``"Europe/Berlin"``; UTC by default.
+            jitter: Seconds (or a ``timedelta``) by which a run may begin later, at random.
+            paused: Start no runs yet.
+            note: Shown with the schedule.
+
+        Returns:
+            A handle to pause, trigger and delete it.
+
+        Raises:
+            ConfigError: Neither or both of ``cron`` and ``every``, or one that the server does not take.
+            TaskConflictError: The id is in use.
+            ParamsError: As for ``submit``, and ``PayloadTooLargeError``, too.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The id cannot be one.
+        """
+        backend = self._connected()
+        self._refuse_params_in_vain(params)
+        return await create_schedule(backend, self._address, schedule_id, params, **options)
+
+    async def get_schedule(self, schedule_id: str) -> ScheduleHandle:
+        """A handle of one of this task's schedules.
+
+        Raises:
+            TaskNotFoundError: No schedule of this task has the id.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+        """
+        return await find_schedule(self._connected(), self._address, schedule_id)
+
+    def schedules(self) -> AsyncIterator[TaskSchedule]:
+        """The task's schedules, as the server's visibility store has them (some moments behind)."""
+        return list_schedules(self._connected(), self._address)
+
+    def _refuse_params_in_vain(self, params: object) -> None:
+        if not self.takes_params and params is not None:
+            raise ParamsError(f"Task {self.name!r} takes no params; it was given {type(params).__name__}.")
 
     def _connected(self) -> WorkflowBackend:
         if self._backend is None:

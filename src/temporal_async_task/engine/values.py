@@ -210,7 +210,7 @@ def return_type(call: Callable[..., Any]) -> Any:
             raise StepUsageError(f"{error} Or name the type: step.with_options(result_type=...).") from error
         if isinstance(function, types.FunctionType):
             _hints[function] = hint
-    if hint is typing.Self and owner is not None:
+    if owner is not None and hint is vars(typing)["Self"]:
         return owner if inspect.isclass(owner) else owner.__class__
     return hint
 
