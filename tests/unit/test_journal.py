@@ -140,6 +140,11 @@ class TestRoundTrip:
         [record] = Journal.restore(journal.snapshot())
         assert record.due is None
 
+    def test_text_of_any_script_is_stored_as_it_is(self):
+        journal = Journal()
+        journal.open("Größe 🖼")
+        assert "Größe 🖼".encode() in journal.snapshot().header
+
     def test_steps_come_back_in_the_order_in_which_they_finished(self):
         journal = Journal()
         for key in "abc":
@@ -388,16 +393,52 @@ class TestReopening:
         journal = Journal.restore(self.ended().reopen({"b"}).snapshot())
         assert [(record.key, record.result) for record in journal.done()] == [("a", b"1"), ("c", b"3")]
 
-    def test_the_journal_itself_stays_as_it_was(self):
+    @pytest.mark.parametrize("state", [StepState.RUNNING, StepState.WAITING])
+    def test_a_step_that_was_not_over_stays_where_it_was_with_its_retries_given_back(self, state: StepState):
         journal = self.ended()
+        record = journal.open("e")
+        record.state, record.failures, record.lost, record.started, record.due = state, 3, 9, 4.0, 99.0
+        reopened = journal.reopen().get("e")
+        assert reopened is not None
+        assert (reopened.state, reopened.started, reopened.due) == (state, 4.0, 99.0)
+        assert (reopened.failures, reopened.lost) == (0, 0)
+
+    def test_a_step_that_backed_off_begins_anew(self):
+        journal = self.ended()
+        record = journal.open("e")
+        record.state, record.failures, record.due = StepState.RETRYING, 3, 99.0
+        assert journal.reopen().get("e") is None
+
+    def test_a_step_whose_outcome_is_unknown_stays_failed(self):
+        reopened = self.of_unknown_outcome().reopen().get("charge")
+        assert reopened is not None
+        assert reopened.state is StepState.FAILED
+
+    @pytest.mark.parametrize("key", ["charge", "running", "d"])
+    def test_a_step_that_is_named_begins_anew_whatever_became_of_it(self, key: str):
+        journal = self.of_unknown_outcome()
+        journal.open("running").state = StepState.RUNNING
+        assert journal.reopen({key}).get(key) is None
+
+    def of_unknown_outcome(self) -> Journal:
+        """A run with an at-most-once step whose outcome was lost."""
+        journal = self.ended()
+        record = journal.open("charge")
+        record.state = StepState.FAILED
+        record.error = ErrorInfo("StepOutcomeUnknownError", "its outcome was lost with its worker")
+        return journal
+
+    def test_the_journal_itself_stays_as_it_was(self):
+        journal = self.of_unknown_outcome()
+        running = journal.open("running")
+        running.state, running.failures, running.lost = StepState.RUNNING, 3, 9
         before = journal.snapshot()
         journal.reopen({"b"})
         assert journal.snapshot() == before
 
-    @pytest.mark.parametrize("key", ["d", "never heard of"])
-    def test_a_step_that_was_not_finished_cannot_be_done_again(self, key: str):
-        with pytest.raises(KeyError, match=key):
-            self.ended().reopen(["a", key])
+    def test_a_step_that_is_not_known_cannot_be_done_again(self):
+        with pytest.raises(KeyError, match="never heard of"):
+            self.ended().reopen(["a", "never heard of"])
 
 
 class TestDamaged:

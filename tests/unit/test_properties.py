@@ -31,7 +31,7 @@ from temporal_async_task.testing import TaskRun, When
 
 settings.register_profile(
     "engine",
-    max_examples=300,
+    max_examples=200,
     deadline=None,  # the first example pays for imports
     print_blob=True,  # a failure on CI is repeated here with @reproduce_failure
     suppress_health_check=[HealthCheck.too_slow],
@@ -355,11 +355,15 @@ def test_whatever_dies_the_run_ends_as_without_and_no_finished_step_is_called_ag
 
 @engine
 @given(bodies, policies, some_times)
-def test_draining_workers_cost_no_call_at_all(body: Part, policy: RetryPolicy, drained_at: tuple[float, ...]):
+def test_draining_workers_begin_no_call_and_cost_none(body: Part, policy: RetryPolicy, drained_at: tuple[float, ...]):
     run, world = run_of(body, policy, Misfortunes(drained_at=drained_at))
     assert run.execute(max_attempts=1_000) == result_of(body)
     for key, plan in world.plan.items():
         assert run.calls_of(key) == needed(plan)
+    for attempt in run.attempts:
+        for at in drained_at:
+            if attempt.began < at:
+                assert all(call.at <= at for call in run.calls if call.attempt == attempt.number)
 
 
 @engine

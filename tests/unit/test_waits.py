@@ -468,6 +468,25 @@ class TestSleepBesideSteps:
         assert times_of(run, "b") == [10]
         assert outcomes(run) == [Completed]
 
+    def test_an_attempt_goes_on_while_a_result_is_on_its_way_through_the_body(self):
+        async def through_layers(key: str, layers: int) -> int:
+            if layers == 0:
+                return await step(key, one)
+            async with asyncio.TaskGroup() as group:
+                inner = group.create_task(through_layers(key, layers - 1))
+            return inner.result()
+
+        async def chain() -> int:
+            return sum([await through_layers(f"s{n}", 5) for n in range(3)])
+
+        @async_task
+        async def task() -> list[Any]:
+            return list(await asyncio.gather(sleep("nap", 100), chain()))
+
+        run = TaskRun(task)
+        assert run.execute() == [None, 3]
+        assert [call.attempt for call in run.calls] == [1, 1, 1]
+
     def test_of_several_sleeps_the_first_to_end_wakes_the_run(self):
         @async_task
         async def task() -> None:
@@ -852,3 +871,41 @@ class TestCancelledWaits:
         with pytest.raises(TaskCancelledError):
             run.execute()
         assert [call.at for call in run.calls] == [0, 0, 0]
+
+
+class TestCancelledInTheBodysBackoff:
+    """The body itself has failed, outside of steps, and is to be run again."""
+
+    @pytest.mark.parametrize("delay", [0.5, 5], ids=["in place", "outside of the worker"])
+    def test_it_is_run_once_more_to_clean_up(self, delay: float):
+        failures = [OSError("between steps")]
+
+        @async_task(retry_policy=RetryPolicy(initial_delay=delay, max_delay=delay, jitter=0))
+        async def task() -> None:
+            await step("reserve", one)
+            if failures:
+                raise failures.pop()
+            try:
+                await step("render", one)
+            except asyncio.CancelledError:
+                await step("release", one)
+                raise
+
+        run = TaskRun(task)
+        run.cancel(at=0.2)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["reserve", "release"]
+
+    @pytest.mark.parametrize("delay", [0.5, 5], ids=["in place", "outside of the worker"])
+    def test_a_body_that_fails_again_is_not_run_for_ever(self, delay: float):
+        @async_task(retry_policy=RetryPolicy(max_retries=50, initial_delay=delay, max_delay=delay, jitter=0))
+        async def task() -> None:
+            await step("reserve", one)
+            raise OSError("between steps")
+
+        run = TaskRun(task)
+        run.cancel(at=0.2)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.elapsed <= delay

@@ -33,9 +33,9 @@ from temporal_async_task.engine.outcome import (
     Superseded,
 )
 from temporal_async_task.engine.runner import Runner
-from temporal_async_task.engine.stopping import pause_reason, stop_and_collect
+from temporal_async_task.engine.stopping import pause_reason, stop_and_look
 from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
-from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail
+from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
 from temporal_async_task.errors import ParamsError, ResultError
 
 if TYPE_CHECKING:
@@ -88,18 +88,18 @@ class AttemptActivity:
 
     @activity.defn(name=wire.COLLECT_ACTIVITY)
     async def collect(self, request: RawValue) -> RawValue:
-        """Stop the activity of the run that asks where it stands, and return its journal.
+        """Stop the activity of the run that asks where it stands, and look for its journal.
 
-        Paused, it begins no new attempt; a running one learns of it with its next heartbeat, and cancels its body.
-        What it leaves, or what lay there in a backoff, is the journal: nothing can change it any more.
+        A local activity: it needs no slot of those that the attempts take.
 
         Returns:
-            ``wire.pack`` of a marker and the journal; of nothing if the activity has ended by itself.
+            ``wire.pack`` of a marker and the journal; of nothing while an attempt is under way, or if the activity
+            has ended by itself.
         """
         info = activity.info()
         reason = wire.CancelRequest.from_payload(request.payload).reason
         execution = WorkflowExecution(workflow_id=info.workflow_id or "", run_id=info.workflow_run_id or "")
-        journal = await stop_and_collect(self.client, execution, wire.PAUSED_TO_CANCEL + reason)
+        journal = await stop_and_look(self.client, execution, wire.PAUSED_TO_CANCEL + reason)
         return RawValue(wire.pack([] if journal is None else [Payload(), *journal]))
 
     @activity.defn(dynamic=True)
@@ -283,7 +283,7 @@ class _Attempt:
         match outcome:
             case Completed(result):
                 payload = Payload.FromString(result)
-                header = (await self._encode(journal.snapshot()))[0].SerializeToString()
+                header = (await self._insist_encode(journal))[0].SerializeToString()
                 if payload.ByteSize() + len(header) <= MAX_PAYLOAD:
                     payload.metadata[wire.RESULT_JOURNAL] = header
                 await complete(self._client, token, payload)
@@ -293,23 +293,20 @@ class _Attempt:
                 await self._end(RuntimeError(reason), wire.CANCELLED, journal)
             case Parked(due, _, events) if events:
                 hold = wire.Hold(None if due == float("inf") else due, events)
-                await complete(self._client, token, wire.hold_payload(hold, await self._encode(journal.snapshot())))
+                await complete(self._client, token, wire.hold_payload(hold, await self._insist_encode(journal)))
             case Parked(due, reason):
                 delay = timedelta(seconds=max(due - self.now(), 0.0))
-                await self._give_back(reason, delay, await self._encode(journal.snapshot(), ended=True))
+                await self._give_back(reason, delay, await self._insist_encode(journal, ended=True))
             case Superseded():
                 pass
 
     async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
         """Fail the run for good, the journal in the failure: ``resume`` goes on from it."""
-        header, results = journal.snapshot()
-        message = ErrorInfo.of(error).message
-        final = ApplicationError(
-            message, RawValue(_json(header)), RawValue(_bytes(results)), type=error_type, non_retryable=True
-        )
+        final = ApplicationError(ErrorInfo.of(error).message, type=error_type, non_retryable=True)
         final.__cause__ = error.__cause__
         final.__traceback__ = error.__traceback__
-        failure = await self._values.to_failure(final)
+        encoded = await self._insist_encode(journal)
+        failure = await insist(lambda: self._values.to_failure(final, encoded), "encode the failure")
         _truncate(failure)
         await fail(self._client, self._info.task_token, failure, [])
 
@@ -326,7 +323,8 @@ class _Attempt:
             next_retry_delay=max(delay, _SOON),
             category=ApplicationErrorCategory.BENIGN,  # waiting is no error: not logged, not counted as one
         )
-        await fail(self._client, self._info.task_token, await self._values.to_failure(error), details)
+        failure = await insist(lambda: self._values.to_failure(error), "encode the failure")
+        await fail(self._client, self._info.task_token, failure, details)
 
     # The journal, to and from payloads
 
@@ -340,19 +338,14 @@ class _Attempt:
         journal.count_lost(max(self._info.attempt - 1 - accounted, 0))
         return journal
 
+    async def _insist_encode(self, journal: Journal, *, ended: bool = False) -> list[Payload]:
+        return await insist(lambda: self._encode(journal.snapshot(), ended=ended), "encode the journal")
+
     async def _encode(self, snapshot: Snapshot, *, ended: bool = False) -> list[Payload]:
         header, results = await self._values.encode_journal(snapshot)
         attempts = self._info.attempt if ended else self._info.attempt - 1
         header.metadata[wire.ATTEMPTS] = str(attempts).encode()
         return [header, results]
-
-
-def _json(data: bytes) -> Payload:
-    return Payload(metadata={"encoding": b"json/plain"}, data=data)
-
-
-def _bytes(data: bytes) -> Payload:
-    return Payload(metadata={"encoding": b"binary/plain"}, data=data)
 
 
 def _truncate(failure: Failure) -> None:

@@ -30,7 +30,7 @@ import inspect
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
 from temporal_async_task.engine.outcome import (
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from temporal_async_task.steps import StepRunner
 
 logger = logging.getLogger("temporal_async_task")
+T = TypeVar("T")
 
 NOTE_INTERVAL = 1.0
 """Seconds, at least, between two writes of what is not awaited: running steps, progress."""
@@ -75,6 +76,7 @@ UNWIND_TIMEOUT = 3.0
 """Seconds that a body may take over its ``finally`` blocks when an attempt ends before it."""
 CLEANUP_TIMEOUT = 60.0
 """Seconds that a cancelled body may take over its cleanup."""
+_CODEC_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _SETTLE_TICKS = 16
 """Turns of the event loop that a body gets to ask for its next step, before its attempt is given back. A result
 passes a few layers on its way (``gather``, ``TaskGroup``, a queue), each of which takes a turn or two."""
@@ -163,7 +165,9 @@ class Attempt:
             return Failed(recorded_failure(lost(self.journal.body)))
         while True:
             outcome = await self._run_body(body)
-            await self._unwind()
+            if self._asked or not isinstance(outcome, Completed):
+                # Of a body without steps, which is a call, what it has begun may serve other runs, too.
+                await self._unwind()
             if not isinstance(outcome, Parked) or self._ended.done() or self._draining:
                 return outcome
             # The body itself failed: what waits for a step has ended the attempt.
@@ -220,7 +224,7 @@ class Attempt:
         error = body.exception()
         if error is None:
             try:
-                return Completed(await self._values.encode(body.result()))
+                return Completed(await self._patiently(lambda: self._values.encode(body.result())))
             except Exception as unfit:
                 return Failed(unfit)
         if self._cancel_delivered:
@@ -292,6 +296,8 @@ class Attempt:
         self._cancel_arriving = self._engine_task(self._settled())
         body.cancel()
         over = Cancelled(self.journal.cancel_reason or "")
+        for timer in self._timers:
+            timer.cancel()  # from now on it is this bound that counts, and no deadline
         self._timers.append(self._loop.call_later(CLEANUP_TIMEOUT, self._end, over))
 
     # Asyncio tasks that belong to the attempt (unwind.TaskScope)
@@ -444,6 +450,25 @@ class Attempt:
             self._carrier.note(self.journal.snapshot())
 
     # Helpers
+
+    async def _patiently(self, use: Callable[[], Awaitable[T]]) -> T:
+        """Encode or decode, however often a codec or a store fails on the way: a paid result is at stake."""
+        failures = 0
+        while True:
+            try:
+                return await use()
+            except (ResultError, PayloadTooLargeError):
+                raise
+            except Exception as error:
+                if failures % 10 == 0:
+                    logger.warning(
+                        "Task run %s: the codec or the store of values fails (%s: %s); trying again",
+                        self.settings.task_id,
+                        type(error).__name__,
+                        error,
+                    )
+                await asyncio.sleep(_CODEC_DELAYS[min(failures, len(_CODEC_DELAYS) - 1)])
+                failures += 1
 
     async def invoke(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the user's function: on the event loop if it is async, in a thread if not."""

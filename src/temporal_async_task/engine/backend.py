@@ -17,6 +17,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.describe import completed, failed, failure_of, running
+from temporal_async_task.engine.journal import ErrorInfo
 from temporal_async_task.engine.resume import find_remains
 from temporal_async_task.engine.values import PayloadValues, digest
 from temporal_async_task.errors import (
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from temporal_async_task.status import TaskResult
 
+MAX_EVENT = 32 * 1024
+"""Bytes; what the limit of a journal leaves."""
 _ENDING = 7
 """Events that a run's history has at least when its activity has ended."""
 _RUNNING = {
@@ -198,8 +201,8 @@ class WorkflowBackend:
             )
         values = self._values(task_id)
         try:
-            remains = await find_remains(self._client, found, values)
-            snapshot = remains.journal.reopen(redo).snapshot()
+            remains = await find_remains(self._client, found)
+            snapshot = (await values.decode_journal(remains.journal)).reopen(redo).snapshot()
         except KeyError as error:
             raise TaskConflictError(
                 f"Run {task_id!r} of task {task.name!r} has no finished step {error.args[0]!r} to do again."
@@ -207,7 +210,15 @@ class WorkflowBackend:
         except RPCError as error:
             raise translated(error, self._client) from error
         header, results = await values.encode_journal(snapshot)
-        start = replace(remains.start, heartbeat_timeout=task.heartbeat_timeout, timeout=task.timeout, delay=0.0)
+        start = replace(
+            remains.start,
+            heartbeat_timeout=task.heartbeat_timeout,
+            timeout=task.timeout,
+            delay=0.0,
+            deadline=None,
+            events=tuple(remains.events),
+        )
+        parts = (start.to_payload(), remains.params, header, results, *remains.events.values())
         memo = {
             wire.MEMO_PARAMS: info.memo.fields[wire.MEMO_PARAMS],
             wire.MEMO_CREATED: info.memo.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.start_time),
@@ -216,7 +227,7 @@ class WorkflowBackend:
         try:
             await self._client.start_workflow(
                 task.workflow_type,
-                args=[RawValue(part) for part in (start.to_payload(), remains.params, header, results)],
+                args=[RawValue(part) for part in parts],
                 id=task_id,
                 task_queue=task.task_queue,
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY,
@@ -230,11 +241,20 @@ class WorkflowBackend:
 
     async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
         """Ask for a run's cancellation; nothing happens to one that has ended."""
-        await self._signal(task, task_id, wire.SIGNAL_CANCEL, wire.CancelRequest(reason).to_payload())
+        text = ErrorInfo.named("", reason).message
+        await self._signal(task, task_id, wire.SIGNAL_CANCEL, wire.CancelRequest(text).to_payload())
 
     async def send(self, task: TaskAddress, task_id: str, key: str, value: Any) -> None:
         """Send an event to a run."""
-        payload = await self._values(task_id).to_payload(value)
+        try:
+            payload = await self._values(task_id).to_payload(value)
+        except ResultError as error:
+            raise ParamsError(f"The value of event {key!r} for task {task.name!r}: {error}") from error
+        if payload.ByteSize() > MAX_EVENT:
+            raise PayloadTooLargeError(
+                f"The value of event {key!r} has {payload.ByteSize():,} bytes; the limit is {MAX_EVENT:,}, so that it "
+                f"fits beside the run's journal. Store large values elsewhere, and send a reference."
+            )
         if not await self._signal(task, task_id, wire.SIGNAL_EVENT, wire.EventInput(key).to_payload(), payload):
             raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} has ended; it waits for no event.")
 

@@ -12,7 +12,7 @@ from temporalio.exceptions import FailureError
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, StepRecord
-from temporal_async_task.engine.stopping import IN_AN_ATTEMPT
+from temporal_async_task.engine.stopping import IN_AN_ATTEMPT, task_activity
 from temporal_async_task.errors import ResultError
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
@@ -38,7 +38,7 @@ async def running(
 ) -> TaskResult[Any]:
     """A run that has not ended. ``result`` is its activity's, if the workflow has yet to take it."""
     info = found.workflow_execution_info
-    activity = next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)
+    activity = task_activity(found)
     held = info.memo.fields.get(wire.MEMO_JOURNAL)
     details = activity.heartbeat_details.payloads[:1] if activity else _header_of(result)
     journal = await _journal(details or ([held] if held else []), values)
@@ -87,13 +87,11 @@ async def failed(
     info = found.workflow_execution_info
     plain = await values.plain_failure(failure)
     error_type = _ENDED_WITHOUT_CODE.get(info.status) or plain.application_failure_info.type or "Error"
-    details: Sequence[Payload] = plain.application_failure_info.details.payloads
-    if details:
-        journal = Journal.of_header(details[0].data)
-    else:  # ended from outside: the journal is where it was
-        held = info.memo.fields.get(wire.MEMO_JOURNAL)
-        pending = found.pending_activities[0].heartbeat_details.payloads[:1] if found.pending_activities else ()
-        journal = await _journal(pending or ([held] if held else []), values)
+    header = failure.application_failure_info.details.payloads[:1]
+    if not header and (activity := task_activity(found)) is not None:  # ended from outside: it is where it was
+        header = activity.heartbeat_details.payloads[:1]
+    held = info.memo.fields.get(wire.MEMO_JOURNAL)
+    journal = await _journal(header or ([held] if held else []), values)
     return _picture(
         task_id,
         TaskStatus.FAILED,

@@ -25,6 +25,8 @@ The margin is for the open steps' part of the header and for the message around 
 
 _MAX_ERROR_TEXT = 1_000  # characters
 _MAX_OPEN_TEXT = 10_000  # characters; of the errors of all open steps
+_OPEN_BYTES = 512  # what the record of an open step takes, at most, but for its error's text
+_FEW_OPEN = 20  # steps, for which the limit's margin is enough
 _LENGTH = struct.Struct(">I")
 
 
@@ -151,8 +153,22 @@ class Journal:
             record.lost += attempts
 
     def open(self, key: str) -> StepRecord:
-        """The record of a step that is not finished, made if there is none."""
-        return self._open.setdefault(key, StepRecord(key))
+        """The record of a step that is not finished, made if there is none.
+
+        Raises:
+            PayloadTooLargeError: There is no room for it.
+        """
+        if key not in self._open:
+            if len(self._open) >= _FEW_OPEN and self._size() > self.max_bytes - _OPEN_BYTES:
+                raise PayloadTooLargeError(
+                    f"{len(self._open)} steps are under way, and the run's journal has no room for another: its limit "
+                    f"is {self.max_bytes:,} bytes (2 MB with the params). Begin fewer at once, or keep results smaller."
+                )
+            self._open[key] = StepRecord(key)
+        return self._open[key]
+
+    def _size(self) -> int:
+        return len(self._results) + self._done_bytes + len(self._rest().encode())
 
     def complete(self, record: StepRecord, result: bytes, now: float) -> None:
         """Note a step's result.
@@ -160,7 +176,7 @@ class Journal:
         Raises:
             PayloadTooLargeError: The journal would be too large; it is as it was before.
         """
-        size = len(self._results) + self._done_bytes + len(self._rest().encode()) + len(result)
+        size = self._size() + len(result)
         if size > self.max_bytes:
             raise PayloadTooLargeError(
                 f"A result of {len(result):,} bytes would bring the run's journal to {size:,} bytes, over the limit of "
@@ -175,21 +191,25 @@ class Journal:
     def reopen(self, redo: Iterable[str] = ()) -> Journal:
         """A journal for another try: steps that failed, and those to ``redo``, start anew; all other results stay.
 
-        A step that was running stays so: of one with ``at_most_once`` the outcome is unknown, and a resume must not
-        call it again. One that waits goes on waiting until the same time.
+        A step that was running stays so, and one whose outcome is unknown stays failed: with ``at_most_once`` it is not
+        called a second time, unless ``redo`` names it. One that waits goes on waiting until the same time.
 
         Raises:
-            KeyError: One of ``redo`` was not finished.
+            KeyError: One of ``redo`` is not known.
         """
         again = set(redo)
-        if missing := again - self._done.keys():
+        if missing := again - self._done.keys() - self._open.keys():
             raise KeyError(", ".join(sorted(missing)))
         fresh = Journal(started=self.started, attempt=self.attempt)
         for record in self._done.values():
             if record.key not in again:
                 fresh._add_done(record)
         for record in self._open.values():
-            if record.state in {StepState.RUNNING, StepState.WAITING}:
+            if record.key in again:
+                continue
+            if record.state is StepState.FAILED and record.error and record.error.type == "StepOutcomeUnknownError":
+                fresh._open[record.key] = record
+            elif record.state in {StepState.RUNNING, StepState.WAITING}:
                 record.failures = record.lost = 0
                 fresh._open[record.key] = record
             elif record.child is not None:

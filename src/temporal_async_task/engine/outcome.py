@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from temporal_async_task.engine.journal import Snapshot
     from temporal_async_task.retry import RetryPolicy
 
-IN_PLACE = 1.0
-"""Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second."""
+IN_PLACE = 0.9
+"""Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second. It is a little
+less than one, because of a wait of one second the first moments have passed when it is looked at."""
 
 
 @dataclass(frozen=True, slots=True)

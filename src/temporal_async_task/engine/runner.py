@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
-from temporal_async_task.engine.unwind import Unwind
+from temporal_async_task.engine.unwind import Unwind, scope
 from temporal_async_task.errors import (
     DuplicateStepError,
     PayloadTooLargeError,
@@ -154,7 +154,7 @@ class Runner(Attempt):
             if not decision.retry:
                 await self._give_up(record, record.error, error)
             return None, decision.delay
-        record.failures, record.error = 0, None
+        record.failures, record.lost, record.error = 0, 0, None
         if value is None:
             record.calls += 1
         return value, 0.0
@@ -244,6 +244,8 @@ class Runner(Attempt):
         timeout = call.options.timeout or self.settings.step_timeout
         limit = asyncio.timeout(timeout)
         token = step_var.set(self._step_info(call.key, record))
+        # What the call begins is not the attempt's: a task that refreshes a token may serve other runs, too.
+        own = scope.set(None)
         try:
             async with limit:
                 return await self.make_call(call)
@@ -251,7 +253,12 @@ class Runner(Attempt):
             if limit.expired():
                 raise TimeoutError(f"no answer within the step's timeout of {timeout} s") from error
             raise
+        except Unwind:
+            if not self.unwinding and not self._ended.done():  # it was another's, which this call has waited for
+                raise RuntimeError("a task that was shared with another run was stopped with it") from None
+            raise
         finally:
+            scope.reset(own)
             step_var.reset(token)
 
     async def make_call(self, call: StepCall) -> Any:
@@ -261,7 +268,7 @@ class Runner(Attempt):
     async def _finish(self, record: StepRecord, value: Any) -> None:
         record.calls += 1
         try:
-            await self._complete(record, await self._values.encode(value))
+            await self._complete(record, await self._patiently(lambda: self._values.encode(value)))
         except (PayloadTooLargeError, ResultError) as error:
             info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)
@@ -272,7 +279,7 @@ class Runner(Attempt):
 
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
         try:
-            return await self._values.decode(record.result or b"", hint)
+            return await self._patiently(lambda: self._values.decode(record.result or b"", hint))
         except ResultError as error:
             # The result itself is in the journal, and stays.
             raise ResultError(f"Step {record.key!r}: {error}") from error

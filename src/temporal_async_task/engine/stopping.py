@@ -6,10 +6,8 @@ begins no attempt, and what it holds does not change any more.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
-from temporalio import activity
 from temporalio.api.enums.v1 import PendingActivityState
 from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest, PauseActivityRequest
 from temporalio.service import RPCError, RPCStatusCode
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
     from temporalio.api.common.v1 import Payload, WorkflowExecution
     from temporalio.api.workflow.v1 import PendingActivityInfo
+    from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
     from temporalio.client import Client
 
 IN_AN_ATTEMPT = {
@@ -28,14 +27,17 @@ IN_AN_ATTEMPT = {
     PendingActivityState.PENDING_ACTIVITY_STATE_PAUSE_REQUESTED,
     PendingActivityState.PENDING_ACTIVITY_STATE_CANCEL_REQUESTED,
 }
-_LOOK_AGAIN = 0.1  # seconds
 
 
-async def stop_and_collect(client: Client, execution: WorkflowExecution, reason: str) -> Sequence[Payload] | None:
-    """Pause the run's activity, wait until no attempt is under way, and return its journal.
+async def stop_and_look(client: Client, execution: WorkflowExecution, reason: str) -> Sequence[Payload] | None:
+    """Pause the run's activity, and return its journal if no attempt is under way.
+
+    A running attempt learns of it with its next heartbeat, and cancels its body. It ends the activity, or leaves it
+    paused in a backoff, where nothing can change its journal.
 
     Returns:
-        The journal's payloads, none if no attempt has written any; None if the activity has ended by itself.
+        The journal's payloads, none if no attempt has written any; None while an attempt is under way, or if the
+        activity has ended by itself.
     """
     request = PauseActivityRequest(
         namespace=client.namespace,
@@ -50,12 +52,8 @@ async def stop_and_collect(client: Client, execution: WorkflowExecution, reason:
         if error.status != RPCStatusCode.NOT_FOUND:
             raise
         return None
-    while (found := await _pending(client, execution)) is not None:
-        if found.state not in IN_AN_ATTEMPT:
-            return list(found.heartbeat_details.payloads)
-        activity.heartbeat()  # this activity has no journal, so the SDK's own heartbeat will do
-        await asyncio.sleep(_LOOK_AGAIN)
-    return None
+    found = await _pending(client, execution)
+    return None if found is None or found.state in IN_AN_ATTEMPT else list(found.heartbeat_details.payloads)
 
 
 async def pause_reason(client: Client, execution: WorkflowExecution) -> str | None:
@@ -67,4 +65,9 @@ async def pause_reason(client: Client, execution: WorkflowExecution) -> str | No
 async def _pending(client: Client, execution: WorkflowExecution) -> PendingActivityInfo | None:
     request = DescribeWorkflowExecutionRequest(namespace=client.namespace, execution=execution)
     found = await client.workflow_service.describe_workflow_execution(request, retry=True)
+    return task_activity(found)
+
+
+def task_activity(found: DescribeWorkflowExecutionResponse) -> PendingActivityInfo | None:
+    """The activity that carries the run, if one is pending."""
     return next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)

@@ -35,7 +35,7 @@ from temporalio.api.common.v1 import Payload
 from temporalio.api.failure.v1 import Failure
 from temporalio.common import RawValue
 from temporalio.converter import DataConverter, WorkflowSerializationContext
-from temporalio.exceptions import FailureError
+from temporalio.exceptions import ApplicationError, FailureError
 
 from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.errors import ConfigError, PayloadTooLargeError, ResultError, StepUsageError
@@ -57,13 +57,15 @@ class PayloadValues:
         Raises:
             ResultError: It cannot be serialised.
             PayloadTooLargeError: It is larger than the server takes.
+            Exception: What the codec or the external storage raises; it says nothing of the value.
         """
         try:
-            [payload] = await self._converter.encode([value])
+            [plain] = self._converter.payload_converter.to_payloads([value])
         except Exception as error:
             raise ResultError(
                 f"a value of type {_name(type(value))} cannot be serialised: {type(error).__name__}: {error}"
             ) from error
+        [payload] = await self._converter.encode([RawValue(plain)])
         if payload.ByteSize() > MAX_PAYLOAD:
             raise PayloadTooLargeError(
                 f"A value of {payload.ByteSize():,} bytes is over the limit of {MAX_PAYLOAD:,} bytes (2 MB). Store "
@@ -134,16 +136,24 @@ class PayloadValues:
         codec = self._converter.payload_codec
         return await codec.decode(payloads) if codec else payloads
 
-    async def to_failure(self, error: BaseException) -> Failure:
-        """A failure, by the application's failure converter and codec."""
+    async def to_failure(self, error: ApplicationError, journal: Sequence[Payload] = ()) -> Failure:
+        """A failure, by the application's failure converter and codec.
+
+        Args:
+            error: What is to be said.
+            journal: The payloads of ``encode_journal``, which become the failure's details as they are.
+        """
         failure = Failure()
         await self._converter.encode_failure(error, failure)
+        failure.application_failure_info.details.payloads.extend(journal)
         return failure
 
     async def plain_failure(self, failure: Failure) -> Failure:
-        """A failure with its message in clear, where the failure converter has encoded it."""
+        """A failure with its message in clear, where the failure converter has encoded it; without details."""
         copy = Failure()
         copy.CopyFrom(failure)
+        if copy.WhichOneof("failure_info") == "application_failure_info":
+            copy.application_failure_info.ClearField("details")
         error = await self._converter.decode_failure(copy)
         if isinstance(error, FailureError) and error.failure is not None:
             return error.failure

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, ClassVar, Self
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -72,6 +73,10 @@ class TaskInput(_Message):
     """Seconds that the run may take."""
     delay: float = 0.0
     """Seconds before it begins."""
+    deadline: float | None = None
+    """When it must have ended, of a run that goes on in a new history; seconds since the epoch."""
+    events: tuple[str, ...] = ()
+    """Keys of the events that came before, of a run that goes on; their values follow the journal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +129,11 @@ def hold_of(result: Payload) -> Hold | None:
     return None if hold is None else Hold.from_payload(Payload(data=hold))
 
 
-def created_payload(time: Timestamp) -> Payload:
+def created_payload(time: Timestamp | datetime) -> Payload:
     """The memo that keeps when a run was first submitted."""
-    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(time.ToJsonString()).encode())
+    stamp = Timestamp()
+    stamp.FromDatetime(time) if isinstance(time, datetime) else stamp.CopyFrom(time)
+    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(stamp.ToJsonString()).encode())
 
 
 def created_time(payload: Payload) -> Timestamp:

@@ -24,15 +24,9 @@ from temporal_async_task.engine import wire
 _ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficient=1.0)
 # The server wants a bound. It is not what notices a dead worker (the heartbeat timeout is).
 _NO_LIMIT = timedelta(days=3650)
-_COLLECT_RETRIES = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=2))
-
-
-def own_input(start: wire.TaskInput, run_id: str) -> wire.TaskInput:
-    """What a run was started with, its origin filled in.
-
-    A schedule starts all of its runs with one message, whose origin is empty: each run's own id, a UUID, is its origin.
-    """
-    return start if start.origin else replace(start, origin=run_id.replace("-", ""))
+_LOOKS = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=2))
+_LOOK_AGAIN = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Seconds between two looks at an activity that is to be cancelled; the last for all that follow."""
 
 
 @workflow.defn(dynamic=True)
@@ -46,54 +40,54 @@ class TaskWorkflow:
         """The journal, while no activity has it."""
 
     @workflow.signal(name=wire.SIGNAL_CANCEL)
-    def cancel(self, request: RawValue) -> None:
+    def cancel(self, *request: RawValue) -> None:
         """Cancel the run: its body is told, and may clean up."""
         if self._cancel_reason is None:
-            self._cancel_reason = wire.CancelRequest.from_payload(request.payload).reason
+            try:
+                self._cancel_reason = wire.CancelRequest.from_payload(request[0].payload).reason
+            except (IndexError, TypeError, ValueError):  # sent by hand
+                self._cancel_reason = ""
 
     @workflow.signal(name=wire.SIGNAL_EVENT)
-    def event(self, event: RawValue, value: RawValue) -> None:
+    def event(self, *event: RawValue) -> None:
         """Keep an event for the body, whether it waits for it yet or not. The first of a key counts."""
-        self._events.setdefault(wire.EventInput.from_payload(event.payload).key, value.payload)
+        try:
+            key = wire.EventInput.from_payload(event[0].payload).key
+            self._events.setdefault(key, event[1].payload)
+        except (IndexError, TypeError, ValueError):
+            workflow.logger.warning("An event that was not sent by task.send() is ignored")
 
     @workflow.run
     async def run(self, args: Sequence[RawValue]) -> RawValue:
         """Run the activity ``<name>`` of the workflow ``asyncTask_<name>`` to its end."""
-        info = workflow.info()
-        name = info.workflow_type.removeprefix(wire.WORKFLOW_PREFIX)
-        if name == info.workflow_type:
-            raise ApplicationError(
-                f"Workflow type {info.workflow_type!r} is not a task. Task queue {info.task_queue!r} belongs to "
-                f"temporal-async-task: run other workflows on a queue of their own.",
-                non_retryable=True,
-            )
-        try:
-            start = own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
-        except (IndexError, TypeError, ValueError) as error:
-            raise ApplicationError(
-                f"Task {name!r} was not started by temporal-async-task. Use task.submit(), or the async-task command.",
-                non_retryable=True,
-            ) from error
-        self._journal = [arg.payload for arg in args[2:]]
+        name, start = _task_of(args)
+        params = args[1]
+        self._journal = [arg.payload for arg in args[2:4]]
+        for key, value in zip(start.events, args[4:], strict=True):
+            self._events.setdefault(key, value.payload)
         if start.delay > 0:  # not the server's own start delay, during which a run cannot be cancelled
-            await self._until(lambda: self._cancelled, start.delay)
-        deadline = None if start.timeout is None else workflow.now().timestamp() + start.timeout
+            await self._until(self._is_cancelled, start.delay)
+        deadline = start.deadline
+        if deadline is None and start.timeout is not None:
+            deadline = workflow.now().timestamp() + start.timeout
         attempt = wire.AttemptInput(origin=start.origin, timeout=start.timeout, deadline=deadline)
         while True:
-            if self._cancel_reason is not None:
+            if self._cancel_reason is not None and not attempt.cancelled:
                 if not self._journal:  # nothing was begun, so there is nothing to clean up
                     raise ApplicationError(self._cancel_reason, type=wire.CANCELLED, non_retryable=True)
                 attempt = wire.AttemptInput(origin=start.origin, cancelled=True, reason=self._cancel_reason)
-            result = await self._attempt(name, start, attempt, args[1])
+            result = await self._attempt(name, start, attempt, params)
             if result is None:
                 continue
             hold = wire.hold_of(result.payload)
             if hold is None:
                 return result
             self._hold(wire.unpack(result.payload))
-            await self._wait_for_event(hold)
-            events = tuple(key for key in hold.events if key in self._events)
-            attempt = wire.AttemptInput(origin=start.origin, timeout=start.timeout, deadline=deadline, events=events)
+            await self._wait_for_event(hold, attempt)
+            if workflow.info().is_continue_as_new_suggested() and not self._is_cancelled():
+                self._continue_in_a_new_history(replace(start, delay=0.0, deadline=deadline), params)
+            first = next((key for key in hold.events if key in self._events), None)
+            attempt = replace(attempt, events=() if first is None else (first,))
 
     async def _attempt(
         self, name: str, start: wire.TaskInput, attempt: wire.AttemptInput, params: RawValue
@@ -110,16 +104,18 @@ class TaskWorkflow:
             retry_policy=_ATTEMPTS,
             cancellation_type=workflow.ActivityCancellationType.TRY_CANCEL,
         )
-        await self._until(lambda: activity.done() or (self._cancelled and not attempt.cancelled))
-        if not activity.done():
-            collected = await self._collect()
-            if collected is not None and not activity.done():
+        await self._until(lambda: activity.done() or (self._is_cancelled() and not attempt.cancelled))
+        looks = 0
+        while not activity.done():
+            journal = await self._look()
+            if journal is not None and not activity.done():
                 activity.cancel()
                 await self._until(activity.done)
                 activity.exception()  # seen: that it was cancelled is no news
-                self._hold(collected)
+                self._hold(journal)
                 return None
-            await self._until(activity.done)
+            await self._until(activity.done, _LOOK_AGAIN[min(looks, len(_LOOK_AGAIN) - 1)])
+            looks += 1
         try:
             result: RawValue = await activity
         except ActivityError as error:
@@ -128,17 +124,17 @@ class TaskWorkflow:
             raise
         return result
 
-    async def _collect(self) -> list[Payload] | None:
-        """Stop the run's activity where it stands, and get its journal; None if it has ended by itself."""
-        collected: RawValue = await workflow.execute_activity(
+    async def _look(self) -> list[Payload] | None:
+        """Stop the run's activity where it stands; its journal, once no attempt is under way."""
+        looking = workflow.start_local_activity(
             wire.COLLECT_ACTIVITY,
             RawValue(wire.CancelRequest(self._cancel_reason or "").to_payload()),
             result_type=RawValue,
-            start_to_close_timeout=timedelta(minutes=10),
-            heartbeat_timeout=timedelta(seconds=10),
-            retry_policy=_COLLECT_RETRIES,
+            start_to_close_timeout=timedelta(seconds=10),
+            retry_policy=_LOOKS,
         )
-        found = wire.unpack(collected.payload)
+        await self._until(looking.done)
+        found = wire.unpack((await looking).payload)
         return found[1:] if found else None
 
     def _hold(self, journal: list[Payload]) -> None:
@@ -146,12 +142,22 @@ class TaskWorkflow:
         if journal:
             workflow.upsert_memo({wire.MEMO_JOURNAL: RawValue(journal[0])})
 
-    async def _wait_for_event(self, hold: wire.Hold) -> None:
+    async def _wait_for_event(self, hold: wire.Hold, attempt: wire.AttemptInput) -> None:
         wait = None if hold.due is None else max(hold.due - workflow.now().timestamp(), 0)
-        await self._until(lambda: self._cancelled or any(key in self._events for key in hold.events), wait)
+        await self._until(
+            lambda: any(key in self._events for key in hold.events) or (self._is_cancelled() and not attempt.cancelled),
+            wait,
+        )
 
-    @property
-    def _cancelled(self) -> bool:
+    def _continue_in_a_new_history(self, start: wire.TaskInput, params: RawValue) -> None:
+        """Many rounds of waiting have made the history long: go on with an empty one."""
+        created = {wire.MEMO_CREATED: RawValue(wire.created_payload(workflow.info().start_time))}
+        workflow.upsert_memo({key: value for key, value in created.items() if key not in workflow.info().raw_memo})
+        start = replace(start, events=tuple(self._events))
+        parts = [start.to_payload(), params.payload, *self._journal, *self._events.values()]
+        workflow.continue_as_new(args=[RawValue(part) for part in parts])
+
+    def _is_cancelled(self) -> bool:
         return self._cancel_reason is not None
 
     async def _until(self, condition: Callable[[], bool], timeout: float | None = None) -> None:
@@ -164,3 +170,30 @@ class TaskWorkflow:
             if self._cancel_reason is None:
                 self._cancel_reason = ""
             await self._until(condition, timeout)
+
+
+def _task_of(args: Sequence[RawValue]) -> tuple[str, wire.TaskInput]:
+    """The task's name, and what its run was started with."""
+    info = workflow.info()
+    name = info.workflow_type.removeprefix(wire.WORKFLOW_PREFIX)
+    if name == info.workflow_type:
+        raise ApplicationError(
+            f"Workflow type {info.workflow_type!r} is not a task. Task queue {info.task_queue!r} belongs to "
+            f"temporal-async-task: run other workflows on a queue of their own.",
+            non_retryable=True,
+        )
+    try:
+        return name, own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
+    except (IndexError, TypeError, ValueError) as error:
+        raise ApplicationError(
+            f"Task {name!r} was not started by temporal-async-task. Use task.submit(), or the async-task command.",
+            non_retryable=True,
+        ) from error
+
+
+def own_input(start: wire.TaskInput, run_id: str) -> wire.TaskInput:
+    """What a run was started with, its origin filled in.
+
+    A schedule starts all of its runs with one message, whose origin is empty: each run's own id, a UUID, is its origin.
+    """
+    return start if start.origin else replace(start, origin=run_id.replace("-", ""))

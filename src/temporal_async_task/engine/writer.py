@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -35,7 +36,7 @@ logger = logging.getLogger("temporal_async_task")
 T = TypeVar("T")
 
 _RPC_TIMEOUT = timedelta(seconds=5)
-_RETRY_DELAYS = (0.1, 0.2, 0.5, 1.0)
+RETRY_DELAYS = (0.1, 0.2, 0.5, 1.0)
 _FINAL = {RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS, RPCStatusCode.FAILED_PRECONDITION}
 
 
@@ -95,7 +96,8 @@ class JournalWriter:
         snapshot, self._newest = self._newest, None
         waiters, self._waiters = self._waiters, []
         if snapshot is not None:
-            self._last = await self._encode(snapshot)
+            encode = functools.partial(self._encode, snapshot)
+            self._last = await insist(encode, "encode the journal")
         details = Payloads(payloads=self._last) if self._last else None
         request = RecordActivityTaskHeartbeatRequest(
             task_token=self._token,
@@ -139,7 +141,7 @@ async def fail(client: Client, task_token: bytes, failure: Failure, journal: Seq
 
 
 async def insist(call: Callable[[], Awaitable[T]], what: str) -> T:
-    """Repeat a call until the server answers.
+    """Repeat a call until it gets through.
 
     The client's own retries give up after about 10 s, and a finished call's result would be lost with them.
 
@@ -150,11 +152,10 @@ async def insist(call: Callable[[], Awaitable[T]], what: str) -> T:
     while True:
         try:
             return await call()
-        except RPCError as error:
-            if error.status in _FINAL:
+        except Exception as error:  # the server's, or of a codec that asks a key service
+            if isinstance(error, RPCError) and error.status in _FINAL:
                 raise AttemptGoneError(str(error)) from error
-            delay = _RETRY_DELAYS[min(failures, len(_RETRY_DELAYS) - 1)]
             if failures % 10 == 0:
-                logger.warning("Cannot %s (%s: %s); trying again", what, error.status.name, error)
+                logger.warning("Cannot %s (%s: %s); trying again", what, type(error).__name__, error)
+            await asyncio.sleep(RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
             failures += 1
-            await asyncio.sleep(delay)
