@@ -295,24 +295,22 @@ async def test_the_result_is_there_for_whoever_asks_however_often(app: App):
 async def test_the_list_has_the_runs_of_its_task_alone_newest_first(app: App):
     name = unique("listed")
 
-    async def nothing(number: int) -> int:
-        return await step("once", abs, number)
+    async def take(seconds: float) -> float:
+        await step("once", asyncio.sleep, seconds)
+        return seconds
 
-    listed, other = (TemporalAsyncTask(name + suffix, nothing) for suffix in ("", "-other"))
+    listed, other = (TemporalAsyncTask(name + suffix, take) for suffix in ("", "-other"))
     await app.start(listed, other)
-    ids = []
-    for number in range(3):
-        ids.append(await listed.submit(number))
-        await asyncio.sleep(0.01)  # the server's list is ordered by time
-    await other.run(9)
+    ids = [await listed.submit(seconds) for seconds in (0.6, 0.3, 0.0)]  # the first to begin is the last to end
+    await other.run(0)
     await asyncio.gather(*(listed.result(task_id) for task_id in ids))
 
     async def listing(**options: Any) -> list[Any]:
         return [run async for run in listed.list(**options)]
 
-    runs = await wait_until(lambda: has_length(3, listing()))
+    runs = await wait_until(lambda: has_length(3, listing(status=TaskStatus.COMPLETED)))
     assert [run.task_id for run in runs] == ids[::-1]
-    assert [run.result for run in runs] == [2, 1, 0]
+    assert [run.result for run in runs] == [0.0, 0.3, 0.6]
     assert [run.completed_steps for run in runs] == [("once",)] * 3
     assert [run.task_id for run in await listing(limit=2)] == ids[:0:-1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from temporal_async_task.errors import PayloadTooLargeError
@@ -208,10 +208,9 @@ class Journal:
             if record.key in again:
                 continue
             if record.state is StepState.FAILED and record.error and record.error.type == "StepOutcomeUnknownError":
-                fresh._open[record.key] = record
+                fresh._open[record.key] = replace(record)
             elif record.state in {StepState.RUNNING, StepState.WAITING}:
-                record.failures = record.lost = 0
-                fresh._open[record.key] = record
+                fresh._open[record.key] = replace(record, failures=0, lost=0)
             elif record.child is not None:
                 fresh.open(record.key).child = record.child  # it is resumed, too
         return fresh
