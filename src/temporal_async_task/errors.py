@@ -139,7 +139,10 @@ class StepFailedError(AsyncTaskError):
         attempts: How often it was called.
         error_type: The name of the last error's class.
         message: The last error's message.
+        idempotency_key: What the step's calls were given (``current_step().idempotency_key``), to ask the API by.
     """
+
+    idempotency_key: str | None = None
 
     def __init__(self, key: str, attempts: int, error_type: str, message: str) -> None:
         calls = {0: "", 1: " after 1 attempt"}.get(attempts, f" after {attempts} attempts")

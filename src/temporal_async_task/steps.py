@@ -28,6 +28,10 @@ MAX_TEXT_BYTES = 255
 """Longest name, id or key: MySQL, one of Temporal's databases, indexes 255 characters."""
 
 
+MAX_DURATION = 10 * 365 * 86400.0
+"""Seconds; longer waits are mistakes."""
+
+
 def check_text(text: object, what: str) -> str:
     """``text`` as it is, if it can be a name, an id or a key.
 
@@ -356,8 +360,8 @@ async def wait_for(key: str, *, timeout: float | timedelta | None = None, result
 
 def _length(what: str, duration: float | timedelta) -> float:
     length = seconds(duration)
-    if not 0 <= length < float("inf"):
-        raise StepUsageError(f"{what} must be 0 seconds or more, not {duration!r}")
+    if not 0 <= length <= MAX_DURATION:
+        raise StepUsageError(f"{what} must be 0 seconds or more, up to ten years, not {duration!r}")
     return length
 
 

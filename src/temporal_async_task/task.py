@@ -22,6 +22,7 @@ from temporal_async_task.errors import (
     NotConnectedError,
     ParamsError,
     ResultError,
+    ServerUnavailableError,
     TaskCancelledError,
     TaskFailedError,
 )
@@ -236,13 +237,15 @@ class TemporalAsyncTask(Generic[P, R]):
         check_text(task_id, "A task id")
         if priority is not None and priority not in _PRIORITIES:
             raise ParamsError(f"priority must be a whole number from 1 (soonest) to 5, not {priority!r}.")
-        await backend.start(
-            self._address,
-            task_id,
-            params,
-            delay=0.0 if delay is None else _not_negative(delay, "delay", self.name),
-            priority=Priority(priority_key=priority, fairness_key=fairness_key),
-        )
+        wait = 0.0 if delay is None else _not_negative(delay, "delay", self.name)
+        order = Priority(priority_key=priority, fairness_key=fairness_key)
+        try:
+            await backend.start(self._address, task_id, params, delay=wait, priority=order)
+        except ServerUnavailableError as error:
+            raise ServerUnavailableError(
+                f"{error} The submit may have gone through, its answer lost: repeat it with task_id={task_id!r}, and "
+                f"it is one run."
+            ) from error
         return task_id
 
     async def get_status(self, task_id: str) -> TaskResult[R]:

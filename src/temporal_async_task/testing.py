@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 from temporalio.contrib.pydantic import pydantic_data_converter
 
 from temporal_async_task.engine.body import bind_body
-from temporal_async_task.engine.journal import Journal, Snapshot
+from temporal_async_task.engine.journal import Journal, Snapshot, StepRecord
 from temporal_async_task.engine.outcome import (
     Cancelled,
     Completed,
@@ -367,8 +367,8 @@ class _ScriptedRunner(Runner):
             return script.otherwise()
         return await super().make_call(call)
 
-    async def _complete(self, record: Any, result: bytes) -> None:
-        await super()._complete(record, result)
+    async def _save(self, record: StepRecord) -> None:
+        await super()._save(record)
         script = self.test.script_of(record.key)
         if script is not None and script.loses("saved"):
             await self._lose_worker()

@@ -461,7 +461,7 @@ class TestDamaged:
         ids=["none", "cut in a length", "cut in a result", "one byte more", "twice", "a length past the end"],
     )
     def test_results_that_do_not_fit_the_header_are_refused(self, damage: Any):
-        header, results = finished(("a", b"first"), ("b", b"second")).snapshot()
+        header, results, _ = finished(("a", b"first"), ("b", b"second")).snapshot()
         with pytest.raises(ValueError, match="do not fit"):
             Journal.restore(Snapshot(header, damage(results)))
 

@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,12 @@ from temporal_async_task.engine.outcome import (
     Superseded,
 )
 from temporal_async_task.engine.runner import Runner
-from temporal_async_task.engine.stopping import pause_reason, stop_and_look
+from temporal_async_task.engine.stopping import pause_reason, stop_and_look, unpause
 from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
 from temporal_async_task.errors import ParamsError, ResultError
 
 if TYPE_CHECKING:
-    from temporalio.api.failure.v1 import Failure
     from temporalio.api.workflowservice.v1 import RecordActivityTaskHeartbeatResponse
     from temporalio.client import Client
     from temporalio.converter import DataConverter
@@ -53,6 +53,7 @@ KEEP_ALIVE = 5.0
 """Seconds, at most, between two heartbeats; so long may a running attempt take to learn of a request."""
 UNREADABLE_DELAY = 10.0
 """Seconds before a run that this worker cannot serve is offered again, to another or to the next deploy."""
+_MAX_FRAMES = 20
 _SOON = timedelta(milliseconds=1)  # zero would be dropped, and the policy's delay taken
 
 
@@ -110,14 +111,14 @@ class AttemptActivity:
         try:
             if self._draining:
                 attempt.tell(Runner.drain)
-            await self._persist(asyncio.create_task(attempt.carry()), attempt)
+            await self._outlast_core(asyncio.create_task(attempt.carry()), attempt)
         except AttemptGoneError:
             logger.info("Task run %s: another attempt has begun, this one is over", attempt.task_id)
         finally:
             self._running.discard(attempt)
         activity.raise_complete_async()
 
-    async def _persist(self, carrying: asyncio.Task[None], attempt: _Attempt) -> None:
+    async def _outlast_core(self, carrying: asyncio.Task[None], attempt: _Attempt) -> None:
         """Wait for the attempt's end, whatever the SDK's core thinks of this activity meanwhile.
 
         Core sees no heartbeats, so some seconds after the heartbeat timeout it cancels this coroutine. The server has
@@ -158,7 +159,8 @@ class _Attempt:
         # The server's clock, so that a worker's own may be wrong: due times outlive the attempt.
         self._clock_offset = info.started_time.timestamp() - time.monotonic()
         self._writer: JournalWriter
-        self._stopping = False
+        self._stopping: asyncio.Task[None] | None = None
+        self._cancel_saved = asyncio.Event()
 
     # Told by the worker and by the server
 
@@ -172,23 +174,31 @@ class _Attempt:
         else:
             request(self._runner)
 
-    def superseded(self) -> None:
-        self.tell(Runner.supersede)
+    def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
+        """Paused or reset: find out what for, beside the heartbeats."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(paused=answer.activity_paused))
 
-    async def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
-        """Paused to be cancelled; or paused or reset by an operator: no new step, and the attempt is given back."""
-        if self._stopping:
-            return
-        self._stopping = True
+    def saved(self, snapshot: Snapshot) -> None:
+        if snapshot.cancelled:
+            self._cancel_saved.set()
+
+    async def _stop(self, *, paused: bool) -> None:
+        """Cancel the body, if the activity was paused for that; else, for an operator, give the attempt back."""
+        execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
         reason = None
-        if answer.activity_paused:
-            execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
-            reason = await pause_reason(self._client, execution)
-        if reason is not None and reason.startswith(wire.PAUSED_TO_CANCEL):
-            text = reason.removeprefix(wire.PAUSED_TO_CANCEL)
-            self.tell(lambda runner: runner.cancel(text))
-        else:
+        if paused:
+            reason = await insist(lambda: pause_reason(self._client, execution), "ask why the run is paused")
+        if reason is None or not reason.startswith(wire.PAUSED_TO_CANCEL):
             self.tell(Runner.drain)
+            self._stopping = None  # it may be paused to be cancelled, yet
+            return
+        text = reason.removeprefix(wire.PAUSED_TO_CANCEL)
+        self.tell(lambda runner: runner.cancel(text))
+        # The journal says from now on that the run is cancelled. A paused activity has no heartbeat timeout, and with
+        # the worker it would be lost: so it is paused no longer than until that is saved.
+        await self._cancel_saved.wait()
+        await insist(lambda: unpause(self._client, execution), "go on with the cancellation")
 
     # The runner's carrier; called on the user's loop
 
@@ -225,15 +235,16 @@ class _Attempt:
             logger.exception("Task run %s: it cannot be read here, and is left to another worker", self.task_id)
             await self._leave(f"the run cannot be read: {error}")
             return
-        await self._report(await self._drive(task, journal, params), journal)
+        await self._drive(task, journal, params)
 
-    async def _drive(self, task: TaskDefinition, journal: Journal, params: Payload) -> Outcome:
+    async def _drive(self, task: TaskDefinition, journal: Journal, params: Payload) -> None:
         # Params and journal travel together when a run is resumed, and the limit is for both.
         journal.max_bytes -= self._params.ByteSize()
         try:
             args = [self._values.convert(params, task.params_type)] if task.takes_params else []
         except ResultError as error:
-            return Failed(ParamsError(f"The params of task {task.name!r}: {error}"))
+            await self._report(Failed(ParamsError(f"The params of task {task.name!r}: {error}")), journal)
+            return
         if journal.started is None:
             journal.started = self.now()
         journal.attempt = journal.earlier + self._info.attempt
@@ -255,10 +266,21 @@ class _Attempt:
             self._client, self._info.task_token, self._encode, min(heartbeat / 3, KEEP_ALIVE), self
         )
         writing = asyncio.create_task(self._writer.run(self._details))
+        writing.add_done_callback(self._writer_ended)
         try:
-            return await asyncio.wrap_future(self._user_loop.run(self._run(task, args, settings, journal)))
+            outcome = await asyncio.wrap_future(self._user_loop.run(self._run(task, args, settings, journal)))
+            await self._report(outcome, journal)  # still with heartbeats: it may take its time
         finally:
             writing.cancel()
+            if self._stopping is not None:
+                self._stopping.cancel()
+
+    def _writer_ended(self, writing: asyncio.Task[None]) -> None:
+        """Without its writer an attempt can save nothing, so it must not go on."""
+        if not writing.cancelled():
+            if (error := writing.exception()) is not None:
+                logger.error("Task run %s: its journal cannot be written", self.task_id, exc_info=error)
+            self.tell(Runner.supersede)
 
     async def _run(self, task: TaskDefinition, args: Sequence[Any], settings: RunSettings, journal: Journal) -> Outcome:
         """Run the attempt's code; on the user's loop."""
@@ -302,17 +324,17 @@ class _Attempt:
 
     async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
         """Fail the run for good, the journal in the failure: ``resume`` goes on from it."""
-        final = ApplicationError(ErrorInfo.of(error).message, type=error_type, non_retryable=True)
-        final.__cause__ = error.__cause__
-        final.__traceback__ = error.__traceback__
+        final = _told(error, error_type)
         encoded = await self._insist_encode(journal)
         failure = await insist(lambda: self._values.to_failure(final, encoded), "encode the failure")
-        _truncate(failure)
         await fail(self._client, self._info.task_token, failure, [])
 
     async def _leave(self, reason: str) -> None:
         """Give the attempt back untouched: this worker cannot serve the run."""
-        details = self._details or await self._values.encode_journal(Journal().snapshot())
+        details = self._details
+        if not details:
+            details = await self._values.encode_journal(Journal().snapshot())
+            details[0].metadata[wire.NOTHING_BEGUN] = b"true"
         details[0].metadata[wire.ATTEMPTS] = str(self._info.attempt).encode()
         await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details)
 
@@ -345,16 +367,20 @@ class _Attempt:
         header, results = await self._values.encode_journal(snapshot)
         attempts = self._info.attempt if ended else self._info.attempt - 1
         header.metadata[wire.ATTEMPTS] = str(attempts).encode()
+        if snapshot.cancelled:
+            header.metadata[wire.CANCELLING] = b"true"
         return [header, results]
 
 
-def _truncate(failure: Failure) -> None:
-    """Cut what is there for the reader's eye only: a deep stack must not make the journal too large."""
-    part = failure
-    for _ in range(5):
-        part.stack_trace = part.stack_trace[-4_000:]
-        part.message = part.message[:2_000]
-        if not part.HasField("cause"):
-            return
-        part = part.cause
-    part.Clear()
+def _told(error: BaseException, error_type: str, depth: int = 3) -> ApplicationError:
+    """An error as a failure, kept short: what is for the reader's eye must not make the journal too large."""
+    told = ApplicationError(ErrorInfo.of(error).message, type=error_type, non_retryable=True)
+    trace = error.__traceback__
+    frames = sum(1 for _ in traceback.walk_tb(trace))
+    for _ in range(frames - _MAX_FRAMES):
+        trace = trace.tb_next if trace else None
+    told.__traceback__ = trace
+    if error.__cause__ is not None and depth > 0:
+        told.__cause__ = _told(error.__cause__, type(error.__cause__).__name__, depth - 1)
+    told.__suppress_context__ = True
+    return told

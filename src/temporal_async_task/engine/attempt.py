@@ -76,6 +76,7 @@ UNWIND_TIMEOUT = 3.0
 """Seconds that a body may take over its ``finally`` blocks when an attempt ends before it."""
 CLEANUP_TIMEOUT = 60.0
 """Seconds that a cancelled body may take over its cleanup."""
+_CANCEL_DELAY = 0.1  # seconds
 _CODEC_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _SETTLE_TICKS = 16
 """Turns of the event loop that a body gets to ask for its next step, before its attempt is given back. A result
@@ -124,11 +125,14 @@ class Attempt:
         self._cancel_delivered = False  # ... and raised in the body
         self._cancel_arriving: asyncio.Task[None] | None = None
         self._draining = False
-        self._moves = 0  # changes of the next, so far
+        self._began = carrier.now()
+        self._moves = 0  # how often the next has changed: while it does, the body has not come to rest
         self._active = 0  # steps that are in flight: being answered, called or checkpointed
         self._waiting: dict[asyncio.Future[None], Wait] = {}  # steps that wait, and for what
         self._events = events or {}
-        self._asked: set[str] = set()
+        self._asked: set[str] = set()  # keys, so far
+        self._asking: set[str] = set()  # those that have no answer yet
+        self._recording: set[asyncio.Task[None]] = set()  # results on their way into the journal
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
         self._body_was_first = False
@@ -172,14 +176,13 @@ class Attempt:
                 return outcome
             # The body itself failed: what waits for a step has ended the attempt.
             wait = outcome.due - self._carrier.now()
-            if wait >= self.settings.in_place:
+            if wait >= self.settings.in_place or self._tasks:
                 return outcome
             await asyncio.wait((self._ended,), timeout=max(wait, 0))
             if self._ended.done():
                 return self._ended.result()
-            if self._cancelled:
-                return Cancelled(self.journal.cancel_reason or "")
             self.unwinding = False
+            self._body = None
             self._asked.clear()
 
     async def _run_body(self, body: Callable[[], Awaitable[Any]]) -> Outcome:
@@ -198,6 +201,8 @@ class Attempt:
         running.add_done_callback(self._note_body_done)
         self.adopt(running)
         both = (running, self._ended)
+        if self._cancelled and not self._cancel_delivered:
+            self._timers.append(self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves))
         timeout = self.settings.step_timeout
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
         if not done and not self._asked:
@@ -227,7 +232,7 @@ class Attempt:
                 return Completed(await self._patiently(lambda: self._values.encode(body.result())))
             except Exception as unfit:
                 return Failed(unfit)
-        if self._cancel_delivered:
+        if self._cancelled:
             logger.warning("Task run %s: its cleanup failed", self.settings.task_id, exc_info=error)
             return Cancelled(self.journal.cancel_reason or "")
         return self._body_failed(error)
@@ -268,7 +273,7 @@ class Attempt:
             return
         self._cancelled = True
         self.journal.cancel_reason = reason
-        if self._body is not None:  # else it is raised in the place of the first unfinished step
+        if self._body is not None and not self._body.done():  # else it is raised in the first unfinished step
             self._deliver_cancel(self._body)
 
     def drain(self) -> None:
@@ -293,12 +298,24 @@ class Attempt:
 
     def _deliver_cancel(self, body: asyncio.Task[Any]) -> None:
         self._cancel_delivered = True
+        if not self.journal.cancelled_at:
+            self.journal.cancelled_at = tuple(sorted(self._asking))
+        self._note(after=0.0)
         self._cancel_arriving = self._engine_task(self._settled())
         body.cancel()
         over = Cancelled(self.journal.cancel_reason or "")
         for timer in self._timers:
             timer.cancel()  # from now on it is this bound that counts, and no deadline
         self._timers.append(self._loop.call_later(CLEANUP_TIMEOUT, self._end, over))
+
+    def _cancel_at_rest(self, moves: int) -> None:
+        """Raise a cancellation from before this attempt in a body that waits for something other than a step."""
+        if self._cancel_delivered or self._body is None or self._body.done():
+            return
+        if self._active == 0 and moves == self._moves:
+            self._deliver_cancel(self._body)
+        else:
+            self._timers.append(self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves))
 
     # Asyncio tasks that belong to the attempt (unwind.TaskScope)
 
@@ -315,6 +332,8 @@ class Attempt:
         """Leave what still runs of the attempt's code."""
         self.unwinding = True
         deadline = self._loop.time() + UNWIND_TIMEOUT
+        if self._recording:
+            await asyncio.wait(set(self._recording), timeout=UNWIND_TIMEOUT)
         while self._tasks and self._loop.time() < deadline:
             for task in self._tasks:
                 task.cancel()
@@ -343,6 +362,11 @@ class Attempt:
             else:
                 await self._park(Wait(record.due or 0.0))
 
+    async def _refuse_cancelled_at(self, key: str) -> None:
+        """Raise a cancellation in the step in which an earlier attempt has raised it, though it may have finished."""
+        if key in self.journal.cancelled_at:
+            await self._refuse_cancelled()
+
     async def _refuse_cancelled(self) -> None:
         """Raise a cancellation that was asked for before this attempt, in the place of a step."""
         self._refuse_if_ended()
@@ -358,7 +382,7 @@ class Attempt:
         woken: asyncio.Future[None] = self._loop.create_future()
         self._waiting[woken] = wait
         timer = None
-        if not self._draining and wait.due != NEVER:
+        if not self._draining and wait.due != NEVER and wait.event is None:
             timer = self._loop.call_later(max(wait.due - self._carrier.now(), 0), _wake, woken)
         self._move(-1)
         try:

@@ -166,8 +166,15 @@ class WorkflowBackend:
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """The status after the end of the run, however long that takes."""
-        found = await self._found(task, task_id)
-        return await self._ended(task, task_id, found, self._values(task_id))
+        await self._found(task, task_id)
+        handle = self._client.get_workflow_handle(task_id, result_type=RawValue)
+        try:
+            await handle.result()
+        except WorkflowFailureError:
+            pass
+        except RPCError as error:
+            raise translated(error, self._client) from error
+        return await self._ended(task, task_id, await self._found(task, task_id), self._values(task_id))
 
     async def _result_so_far(self, info: WorkflowExecutionInfo) -> Payload | None:
         """What the activity returned, of a run whose workflow has not taken it yet."""
@@ -182,10 +189,14 @@ class WorkflowBackend:
 
     async def ids(self, task: TaskAddress, query: str) -> AsyncIterator[str]:
         """The ids of a task's runs that a visibility query finds, newest first."""
-        clauses = f"WorkflowType = '{task.workflow_type}'" + (f" AND ({query})" if query else "")
+        quoted = task.workflow_type.replace("'", "''")
+        clauses = f"WorkflowType = '{quoted}' AND ExecutionStatus != 'ContinuedAsNew'"
+        seen: set[str] = set()  # a run that was resumed stands there more than once
         try:
-            async for found in self._client.list_workflows(clauses):
-                yield found.id
+            async for found in self._client.list_workflows(clauses + (f" AND ({query})" if query else "")):
+                if found.id not in seen:
+                    seen.add(found.id)
+                    yield found.id
         except RPCError as error:
             raise translated(error, self._client) from error
 
@@ -202,7 +213,8 @@ class WorkflowBackend:
         values = self._values(task_id)
         try:
             remains = await find_remains(self._client, found)
-            snapshot = (await values.decode_journal(remains.journal)).reopen(redo).snapshot()
+            journal = (await values.decode_journal(remains.journal)).reopen(redo)
+            snapshot = journal.snapshot()
         except KeyError as error:
             raise TaskConflictError(
                 f"Run {task_id!r} of task {task.name!r} has no finished step {error.args[0]!r} to do again."
@@ -210,20 +222,25 @@ class WorkflowBackend:
         except RPCError as error:
             raise translated(error, self._client) from error
         header, results = await values.encode_journal(snapshot)
+        finished = {record.key for record in journal.done()}
+        events = {key: value for key, value in remains.events.items() if key not in finished}
         start = replace(
             remains.start,
             heartbeat_timeout=task.heartbeat_timeout,
             timeout=task.timeout,
             delay=0.0,
             deadline=None,
-            events=tuple(remains.events),
+            events=tuple(events),
         )
-        parts = (start.to_payload(), remains.params, header, results, *remains.events.values())
+        parts = (start.to_payload(), remains.params, header, results, *events.values())
         memo = {
             wire.MEMO_PARAMS: info.memo.fields[wire.MEMO_PARAMS],
             wire.MEMO_CREATED: info.memo.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.start_time),
             wire.MEMO_JOURNAL: header,
         }
+        latest = (await self._found(task, task_id)).workflow_execution_info.execution
+        if latest.run_id != info.execution.run_id:
+            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} was resumed by somebody else.")
         try:
             await self._client.start_workflow(
                 task.workflow_type,
@@ -263,7 +280,7 @@ class WorkflowBackend:
         info = (await self._found(task, task_id)).workflow_execution_info
         if info.status not in _RUNNING:
             return False
-        handle = self._client.get_workflow_handle(task_id, run_id=info.execution.run_id)
+        handle = self._client.get_workflow_handle(task_id)  # of a run that goes on in a new history, the last one
         try:
             await handle.signal(name, args=[RawValue(arg) for arg in args])
         except RPCError as error:

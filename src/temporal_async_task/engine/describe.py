@@ -134,6 +134,7 @@ def _picture(
 ) -> TaskResult[Any]:
     records = sorted(journal, key=lambda record: (record.started is None, record.started or 0.0))
     unfinished = [record for record in records if record.finished is None]
+    unfinished.sort(key=lambda record: (record.key in journal.cancelled_at, record.state is not StepState.RUNNING))
     fraction, message = journal.progress or (None, None)
     fields.setdefault("attempt", journal.attempt)
     if journal.started is not None:

@@ -58,6 +58,8 @@ class Snapshot(NamedTuple):
 
     header: bytes
     results: bytes
+    cancelled: bool = False
+    """Whether the header says that a cancellation was delivered."""
 
     @property
     def size(self) -> int:
@@ -104,9 +106,11 @@ class StepRecord:
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> StepRecord:
-        key, state, calls, failures, lost, started, finished, due, error, child = fields
+        # Another version of this library may have written fewer fields, or more: both can be in use during a deploy.
+        padded: list[Any] = [*fields, *[None] * 10]
+        key, state, calls, failures, lost, started, finished, due, error, child = padded[:10]
         error = ErrorInfo(*error) if error else None
-        return cls(key, StepState(state), calls, failures, lost, started, finished, due, error, child)
+        return cls(key, StepState(state), calls or 0, failures or 0, lost or 0, started, finished, due, error, child)
 
 
 @dataclass(slots=True)
@@ -125,6 +129,8 @@ class Journal:
     max_bytes: int = MAX_BYTES
     cancel_reason: str | None = None
     """Set once a cancellation was delivered."""
+    cancelled_at: tuple[str, ...] = ()
+    """The keys of the steps that it was raised in, so that a later attempt raises it there."""
     _done: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
     _open: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
     _done_header: list[str] = field(default_factory=list[str])
@@ -184,7 +190,9 @@ class Journal:
             )
         record.state, record.result, record.finished = StepState.COMPLETED, result, now
         record.due, record.error = None, None
-        self.body.lost = 0  # what is lost without a step to blame counts only while nothing gets done
+        # What the body loses or fails at counts only while nothing gets done.
+        self.body.lost = self.body.failures = 0
+        self.body.error = None
         self._open.pop(record.key, None)
         self._add_done(record)
 
@@ -228,7 +236,7 @@ class Journal:
 
     def snapshot(self) -> Snapshot:
         header = f'{self._rest()[:-1]},"done":[{",".join(self._done_header)}]}}'
-        return Snapshot(header.encode(), bytes(self._results))
+        return Snapshot(header.encode(), bytes(self._results), cancelled=self.cancel_reason is not None)
 
     def _rest(self) -> str:
         """The header, but for the finished steps. However many fail at once, it does not grow past all bounds."""
@@ -242,6 +250,7 @@ class Journal:
                 "body": self.body.to_json(),
                 "progress": self.progress,
                 "cancel": self.cancel_reason,
+                "cancelled_at": self.cancelled_at,
                 "open": [record.to_json(text) for record in self._open.values()],
             }
         )
@@ -286,9 +295,11 @@ class Journal:
     @classmethod
     def _of_fields(cls, fields: dict[str, Any]) -> Journal:
         journal = cls(body=StepRecord.from_json(fields["body"]))
-        journal.started, journal.attempt, journal.earlier = fields["started"], fields["attempt"], fields["earlier"]
-        journal.progress = tuple(fields["progress"]) if fields["progress"] else None
-        journal.cancel_reason = fields["cancel"]
+        journal.started = fields.get("started")
+        journal.attempt, journal.earlier = fields.get("attempt") or 0, fields.get("earlier") or 0
+        journal.progress = tuple(fields["progress"]) if fields.get("progress") else None
+        journal.cancel_reason = fields.get("cancel")
+        journal.cancelled_at = tuple(fields.get("cancelled_at") or ())
         for step in fields["done"]:
             journal._index(StepRecord.from_json(step))
         for step in fields["open"]:

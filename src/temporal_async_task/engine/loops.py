@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -61,7 +62,9 @@ class UserLoop:
         return context.run(asyncio.run_coroutine_threadsafe, coro, self._loop)
 
     def call_soon(self, call: Callable[..., object], *args: object) -> None:
-        self._loop.call_soon_threadsafe(call, *args)
+        """Call something on this loop; nothing happens once it is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *args)
 
     def check(self) -> float:
         """For how many seconds the loop has not answered; reported once when it is too long."""
@@ -102,7 +105,7 @@ class UserLoop:
 
     def stop(self, timeout: float = 2.0) -> None:
         """Stop the loop, if its code lets it; waits for at most ``timeout`` seconds."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.call_soon(self._loop.stop)
         self._thread.join(timeout)
         if not self._thread.is_alive():
             self._loop.close()

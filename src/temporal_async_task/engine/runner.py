@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from contextlib import contextmanager
@@ -13,15 +14,18 @@ from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, lost, recor
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.unwind import Unwind, scope
 from temporal_async_task.errors import (
+    AsyncTaskError,
     DuplicateStepError,
     PayloadTooLargeError,
     ResultError,
     RetryableError,
+    StepFailedError,
     StepUsageError,
     TaskFailedError,
+    TaskNotFoundError,
 )
 from temporal_async_task.retry import RetryPolicy, decide
-from temporal_async_task.status import StepState, TaskStatus
+from temporal_async_task.status import StepState, TaskResult, TaskStatus
 from temporal_async_task.steps import ChildTask, StepCall, check_text, child_of, idempotency_key, step_var
 
 if TYPE_CHECKING:
@@ -35,6 +39,13 @@ class _Ready:
     """A child's result, which may be None."""
 
     value: Any
+
+
+async def _status_of(child: ChildTask, task_id: str) -> TaskResult[Any] | None:
+    try:
+        return await child.get_status(task_id)
+    except TaskNotFoundError:
+        return None
 
 
 def _child_pause(looks: int) -> float:
@@ -51,11 +62,12 @@ class Runner(Attempt):
             return await self._child(child, call)
         hint = call.options.result_type or self._return_type(call.call)  # refused before the call, if it must be
         with self._in_flight(call.key, "step"):
+            await self._refuse_cancelled_at(call.key)
             record = self.journal.get(call.key) or self._opened(call.key)
             if record.state is StepState.COMPLETED:
                 return await self._answer(record, hint)
             if record.state is StepState.FAILED:
-                raise recorded_failure(record)
+                raise self._failure(record)
             await self._drive(call, record)
             return await self._answer(record, hint)
 
@@ -67,10 +79,11 @@ class Runner(Attempt):
         child_id = options.get("task_id") or idempotency_key(self.settings.origin, call.key)
 
         async def look() -> _Ready | None:
-            if record.child is None:
+            run = await _status_of(child, child_id) if record.child is not None else None
+            if run is None:
+                record.child = child_id  # before it is submitted, so that a cancellation meanwhile reaches it
                 await child.submit(*call.args, **(options | {"task_id": child_id}))
-                record.child = child_id
-            elif record.calls == 0 and (await child.get_status(child_id)).status is TaskStatus.FAILED:
+            elif record.calls == 0 and run.status is TaskStatus.FAILED:
                 await child.resume(child_id)  # this run was resumed, and so is what made it fail
             run = await child.get_status(child_id)
             if run.status is TaskStatus.FAILED:
@@ -80,19 +93,21 @@ class Runner(Attempt):
         with self._in_flight(call.key, "step"):
             record = self.journal.get(call.key) or self._opened(call.key)
             if record.state is StepState.FAILED:
-                raise recorded_failure(record)
+                raise self._failure(record)
             try:
                 if record.state is not StepState.COMPLETED:
                     await self._poll(replace(call, call=look, args=(), kwargs={}), record, _child_pause, None)
             except asyncio.CancelledError:
                 if self._cancelled and record.child is not None:
-                    await child.cancel(record.child, self.journal.cancel_reason or "")
+                    with contextlib.suppress(TaskNotFoundError):
+                        await child.cancel(record.child, self.journal.cancel_reason or "")
                 raise
             return await self._answer(record, call.options.result_type or child.result_type)
 
     async def sleep(self, key: str, duration: float) -> None:
         """Wait until ``duration`` seconds after the first ask. See ``steps.sleep``."""
         with self._in_flight(key, "sleep"):
+            await self._refuse_cancelled_at(key)
             record = self.journal.get(key) or self._opened(key)
             if record.state is StepState.COMPLETED:
                 return
@@ -106,9 +121,10 @@ class Runner(Attempt):
         """Call until the answer is not None. See ``steps.poll``."""
         hint = call.options.result_type or self._return_type(call.call)
         with self._in_flight(call.key, "poll"):
+            await self._refuse_cancelled_at(call.key)
             record = self.journal.get(call.key) or self._opened(call.key)
             if record.state is StepState.FAILED:
-                raise recorded_failure(record)
+                raise self._failure(record)
             if record.state is not StepState.COMPLETED:
                 await self._poll(call, record, every, timeout)
             return await self._answer(record, hint)
@@ -167,11 +183,11 @@ class Runner(Attempt):
                 f"task, or test it with testing.TaskRun and its send()."
             )
         with self._in_flight(key, "wait_for"):
+            await self._refuse_cancelled_at(key)
             record = self.journal.get(key) or self._opened(key)
             if record.state is StepState.FAILED:
-                raise recorded_failure(record)
+                raise self._failure(record)
             while record.state is not StepState.COMPLETED:
-                now = self._carrier.now()
                 started = self._started(record)
                 record.due = NEVER if timeout is None else started + timeout
                 record.state = StepState.WAITING
@@ -179,7 +195,7 @@ class Runner(Attempt):
                 if key in self._events:
                     record.calls = 1
                     await self._complete(record, self._events[key])
-                elif now >= record.due:
+                elif self._began >= record.due:  # else an event may have come that this attempt was not given
                     await self._give_up(record, ErrorInfo.named("WaitTimeoutError", f"no event within {timeout} s"))
                 else:
                     await self._park(Wait(record.due, event=key))
@@ -196,6 +212,12 @@ class Runner(Attempt):
         self.journal.progress = (fraction, message)
         self._note()
 
+    def _failure(self, record: StepRecord) -> AsyncTaskError:
+        error = recorded_failure(record)
+        if isinstance(error, StepFailedError):
+            error.idempotency_key = idempotency_key(self.settings.origin, record.key)
+        return error
+
     def _opened(self, key: str) -> StepRecord:
         if self._cancelled and not self._cancel_delivered:
             return StepRecord(key)  # it will not begin: the cancellation is raised in its place
@@ -204,6 +226,7 @@ class Runner(Attempt):
     async def _drive(self, call: StepCall, record: StepRecord) -> None:
         """Call until the result is in the journal, or there is no hope of one."""
         policy = call.options.retry_policy or self.settings.retry_policy
+        await self._refuse_cancelled()
         if record.state is StepState.RUNNING and call.options.at_most_once:
             await self._give_up(
                 record, ErrorInfo.named("StepOutcomeUnknownError", "its outcome was lost with its worker")
@@ -267,14 +290,26 @@ class Runner(Attempt):
 
     async def _finish(self, record: StepRecord, value: Any) -> None:
         record.calls += 1
+        # Whatever becomes of the body meanwhile: what was paid for goes into the journal.
+        recording = self._engine_task(self._record(record, value))
+        self._recording.add(recording)
+        recording.add_done_callback(self._recording.discard)
         try:
-            await self._complete(record, await self._patiently(lambda: self._values.encode(value)))
+            await asyncio.shield(recording)
         except (PayloadTooLargeError, ResultError) as error:
             info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)
+        await self._save(record)
+
+    async def _record(self, record: StepRecord, value: Any) -> None:
+        result = await self._patiently(lambda: self._values.encode(value))
+        self.journal.complete(record, result, self._carrier.now())
 
     async def _complete(self, record: StepRecord, result: bytes) -> None:
         self.journal.complete(record, result, self._carrier.now())
+        await self._save(record)
+
+    async def _save(self, record: StepRecord) -> None:  # noqa: ARG002 - tests lose the worker after a step of theirs
         await self._checkpoint()
 
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
@@ -311,7 +346,7 @@ class Runner(Attempt):
         record.state, record.error, record.due = StepState.FAILED, info, None
         record.finished = self._carrier.now()
         await self._checkpoint()
-        raise recorded_failure(record) from error
+        raise self._failure(record) from error
 
     @contextmanager
     def _in_flight(self, key: str, what: str) -> Generator[None]:
@@ -329,5 +364,9 @@ class Runner(Attempt):
             )
         self._refuse_if_ended()
         self._asked.add(key)
-        with self.busy():
-            yield
+        self._asking.add(key)
+        try:
+            with self.busy():
+                yield
+        finally:
+            self._asking.discard(key)

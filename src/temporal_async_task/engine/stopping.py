@@ -6,10 +6,15 @@ begins no attempt, and what it holds does not change any more.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from temporalio.api.enums.v1 import PendingActivityState
-from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest, PauseActivityRequest
+from temporalio.api.workflowservice.v1 import (
+    DescribeWorkflowExecutionRequest,
+    PauseActivityRequest,
+    UnpauseActivityRequest,
+)
 from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
     from temporalio.client import Client
 
+_SKEW = timedelta(seconds=10)
+"""By how much the clocks of server and worker may differ."""
 IN_AN_ATTEMPT = {
     PendingActivityState.PENDING_ACTIVITY_STATE_STARTED,
     PendingActivityState.PENDING_ACTIVITY_STATE_PAUSE_REQUESTED,
@@ -30,30 +37,62 @@ IN_AN_ATTEMPT = {
 
 
 async def stop_and_look(client: Client, execution: WorkflowExecution, reason: str) -> Sequence[Payload] | None:
-    """Pause the run's activity, and return its journal if no attempt is under way.
+    """Have the run's activity stop where it stands, and return its journal if no attempt is under way.
 
-    A running attempt learns of it with its next heartbeat, and cancels its body. It ends the activity, or leaves it
-    paused in a backoff, where nothing can change its journal.
+    Paused, it begins no new attempt. A running one learns of it with its next heartbeat, cancels its body, and
+    unpauses the activity as soon as the journal says so; from then on whatever becomes of it, the run is cancelled.
 
     Returns:
         The journal's payloads, none if no attempt has written any; None while an attempt is under way, or if the
         activity has ended by itself.
     """
-    request = PauseActivityRequest(
+    found = await _pending(client, execution)
+    if found is None:
+        return None
+    if found.state in IN_AN_ATTEMPT and _is_told(found):
+        return None
+    try:
+        if found.paused and not found.pause_info.manual.reason.startswith(wire.PAUSED_TO_CANCEL):
+            await unpause(client, execution)  # by an operator; a second pause would not change the reason
+        await client.workflow_service.pause_activity(_pause(client, execution, reason), retry=True)
+    except RPCError as error:
+        if error.status != RPCStatusCode.NOT_FOUND:
+            raise
+        return None
+    found = await _pending(client, execution)
+    if found is None or (found.state in IN_AN_ATTEMPT and not _is_lost(found)):
+        return None
+    journal = list(found.heartbeat_details.payloads)
+    return [] if any(wire.NOTHING_BEGUN in payload.metadata for payload in journal) else journal
+
+
+async def unpause(client: Client, execution: WorkflowExecution) -> None:
+    """Let the run's activity have its next attempt, when this one has ended."""
+    request = UnpauseActivityRequest(
+        namespace=client.namespace, execution=execution, identity=client.identity, id=wire.ACTIVITY_ID
+    )
+    await client.workflow_service.unpause_activity(request, retry=True)
+
+
+def _pause(client: Client, execution: WorkflowExecution, reason: str) -> PauseActivityRequest:
+    return PauseActivityRequest(
         namespace=client.namespace,
         execution=execution,
         identity=client.identity,
         id=wire.ACTIVITY_ID,
         reason=reason,
     )
-    try:
-        await client.workflow_service.pause_activity(request, retry=True)
-    except RPCError as error:
-        if error.status != RPCStatusCode.NOT_FOUND:
-            raise
-        return None
-    found = await _pending(client, execution)
-    return None if found is None or found.state in IN_AN_ATTEMPT else list(found.heartbeat_details.payloads)
+
+
+def _is_told(found: PendingActivityInfo) -> bool:
+    return any(wire.CANCELLING in payload.metadata for payload in found.heartbeat_details.payloads[:1])
+
+
+def _is_lost(found: PendingActivityInfo) -> bool:
+    """Whether the attempt's worker is gone: the server does not time out an attempt while it is paused."""
+    last = max(found.last_heartbeat_time.ToDatetime(UTC), found.last_started_time.ToDatetime(UTC))
+    patience = found.activity_options.heartbeat_timeout.ToTimedelta() or timedelta(seconds=60)
+    return datetime.now(UTC) - last > patience + _SKEW
 
 
 async def pause_reason(client: Client, execution: WorkflowExecution) -> str | None:

@@ -34,6 +34,12 @@ ATTEMPTS = "asyncTaskAttempts"
 """Metadata of the header's payload: the attempts accounted for, in clear, so that a worker that cannot read the
 journal can still say that its attempt was not lost."""
 
+CANCELLING = "asyncTaskCancelling"
+"""Metadata of the header's payload, in clear: the cancellation was delivered, and the journal says so."""
+
+NOTHING_BEGUN = "asyncTaskNothingBegun"
+"""Metadata of the header's payload: there is no journal yet, only attempts to account for."""
+
 ATTEMPT_ENDED = "AttemptEnded"
 """Type of the failure that gives an attempt back."""
 CANCELLED = "TaskCancelledError"

@@ -79,6 +79,8 @@ class TaskWorkflow:
             result = await self._attempt(name, start, attempt, params)
             if result is None:
                 continue
+            for key in attempt.events:
+                del self._events[key]  # it is in the journal now
             hold = wire.hold_of(result.payload)
             if hold is None:
                 return result
@@ -151,11 +153,14 @@ class TaskWorkflow:
 
     def _continue_in_a_new_history(self, start: wire.TaskInput, params: RawValue) -> None:
         """Many rounds of waiting have made the history long: go on with an empty one."""
-        created = {wire.MEMO_CREATED: RawValue(wire.created_payload(workflow.info().start_time))}
-        workflow.upsert_memo({key: value for key, value in created.items() if key not in workflow.info().raw_memo})
+        info = workflow.info()
+        memo = {wire.MEMO_CREATED: wire.created_payload(info.start_time), **info.raw_memo}
+        memo[wire.MEMO_JOURNAL] = self._journal[0]
         start = replace(start, events=tuple(self._events))
         parts = [start.to_payload(), params.payload, *self._journal, *self._events.values()]
-        workflow.continue_as_new(args=[RawValue(part) for part in parts])
+        workflow.continue_as_new(
+            args=[RawValue(part) for part in parts], memo={key: RawValue(value) for key, value in memo.items()}
+        )
 
     def _is_cancelled(self) -> bool:
         return self._cancel_reason is not None

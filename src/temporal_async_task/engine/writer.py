@@ -47,9 +47,9 @@ class AttemptGoneError(Exception):
 class Listener(Protocol):
     """What the writer tells of the server's answers."""
 
-    def superseded(self) -> None: ...
+    def saved(self, snapshot: Snapshot) -> None: ...
 
-    async def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None: ...
+    def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None: ...
 
 
 class JournalWriter:
@@ -81,15 +81,16 @@ class JournalWriter:
         self._wake.set()
 
     async def run(self, resume_with: Sequence[Payload]) -> None:
-        """Write what is submitted, and in between the last again, to show that the attempt is alive."""
+        """Write what is submitted, and in between the last again, to show that the attempt is alive.
+
+        Returns when the server knows the attempt no more.
+        """
         self._last = resume_with
-        try:
+        with contextlib.suppress(AttemptGoneError):
             while True:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._interval)
                 await self._write()
-        except AttemptGoneError:
-            self._listener.superseded()
 
     async def _write(self) -> None:
         self._wake.clear()
@@ -110,9 +111,12 @@ class JournalWriter:
             lambda: service.record_activity_task_heartbeat(request, timeout=_RPC_TIMEOUT), "save the journal"
         )
         for waiter in waiters:
-            waiter.set_result(None)
+            if waiter.set_running_or_notify_cancel():  # a body that was cancelled meanwhile does not wait any more
+                waiter.set_result(None)
+        if snapshot is not None:
+            self._listener.saved(snapshot)
         if answer.cancel_requested or answer.activity_paused or answer.activity_reset:
-            await self._listener.flagged(answer)
+            self._listener.flagged(answer)
 
 
 async def complete(client: Client, task_token: bytes, result: Payload) -> None:
