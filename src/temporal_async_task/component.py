@@ -182,13 +182,14 @@ class AsyncTaskComponent:
             hurried = asyncio.create_task(hurry.wait())
             try:
                 await asyncio.wait((asked, ended), return_when=asyncio.FIRST_COMPLETED)
+                fatal = ended.exception() if ended.done() else None
                 stop = asyncio.create_task(self.stop())
                 await asyncio.wait((stop, hurried), return_when=asyncio.FIRST_COMPLETED)
                 if not stop.done():
                     workers.interrupt()
                 await stop
-                if ended.done():
-                    ended.result()
+                if fatal is not None:
+                    raise fatal
             finally:
                 for task in (asked, ended, hurried):
                     task.cancel()
