@@ -312,6 +312,10 @@ class TaskRun(Generic[R]):
         if self._runner is not None:
             request(self._runner)
 
+    def event_of(self, key: str) -> bytes | None:
+        """The event that was sent with a key, if it was."""
+        return self._events.get(key)
+
     def _receive(self, key: str, data: bytes) -> None:
         self._events.setdefault(key, data)
         self._woken.set()
@@ -335,6 +339,9 @@ class _Carrier:
     async def checkpoint(self, snapshot: Snapshot) -> None:
         await asyncio.sleep(0)  # as a server would, it takes a turn of the loop at least
         self.note(snapshot)
+
+    async def find_event(self, key: str) -> bytes | None:
+        return self._run.event_of(key)
 
     def note(self, snapshot: Snapshot) -> None:
         self._run.save(snapshot, self._attempt)

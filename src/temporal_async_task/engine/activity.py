@@ -33,6 +33,7 @@ from temporal_async_task.engine.outcome import (
     RunSettings,
     Superseded,
 )
+from temporal_async_task.engine.resume import sent_events
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.stopping import pause_reason, stop_and_look, unpause
 from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
@@ -209,6 +210,15 @@ class _Attempt:
         written: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._main_loop.call_soon_threadsafe(self._writer.submit, snapshot, written)
         await asyncio.wrap_future(written)
+
+    async def find_event(self, key: str) -> bytes | None:
+        finding = asyncio.run_coroutine_threadsafe(self._find_event(key), self._main_loop)
+        return await asyncio.wrap_future(finding)
+
+    async def _find_event(self, key: str) -> bytes | None:
+        execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
+        events = await insist(lambda: sent_events(self._client, execution), "look for an event")
+        return events[key].SerializeToString() if key in events else None
 
     def note(self, snapshot: Snapshot) -> None:
         self._main_loop.call_soon_threadsafe(self._writer.submit, snapshot)

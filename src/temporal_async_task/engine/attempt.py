@@ -382,7 +382,7 @@ class Attempt:
         woken: asyncio.Future[None] = self._loop.create_future()
         self._waiting[woken] = wait
         timer = None
-        if not self._draining and wait.due != NEVER and wait.event is None:
+        if not self._draining and wait.due != NEVER:
             timer = self._loop.call_later(max(wait.due - self._carrier.now(), 0), _wake, woken)
         self._move(-1)
         try:

@@ -87,6 +87,11 @@ class StepRecord:
     """The id of the run that this step has submitted, if it is a child."""
     result: bytes | None = None
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything to tell of it yet."""
+        return self.started is not None or self.state is not StepState.RETRYING or self.child is not None
+
     def to_json(self, max_error_text: int = _MAX_ERROR_TEXT) -> list[Any]:
         error = self.error
         if error is not None and len(error.message) > max_error_text:
@@ -251,7 +256,7 @@ class Journal:
                 "progress": self.progress,
                 "cancel": self.cancel_reason,
                 "cancelled_at": self.cancelled_at,
-                "open": [record.to_json(text) for record in self._open.values()],
+                "open": [record.to_json(text) for record in self._open.values() if record.is_begun],
             }
         )
 

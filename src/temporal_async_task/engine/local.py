@@ -28,6 +28,9 @@ class _Memory:
     async def checkpoint(self, snapshot: Snapshot) -> None:
         pass
 
+    async def find_event(self, key: str) -> bytes | None:  # noqa: ARG002
+        return None
+
     def note(self, snapshot: Snapshot) -> None:
         pass
 

@@ -75,6 +75,10 @@ class Carrier(Protocol):
         """
         ...
 
+    async def find_event(self, key: str) -> bytes | None:
+        """An event that has come since the attempt began."""
+        ...
+
     def note(self, snapshot: Snapshot) -> None:
         """Make the journal durable some time soon."""
         ...

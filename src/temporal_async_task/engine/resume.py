@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from temporalio.api.common.v1 import Payload
+from temporalio.api.common.v1 import Payload, WorkflowExecution
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.stopping import task_activity
@@ -55,6 +55,15 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
     return remains
 
 
+async def sent_events(client: Client, execution: WorkflowExecution) -> dict[str, Payload]:
+    """The events that were sent to a run, whether its workflow has seen them yet or not."""
+    handle = client.get_workflow_handle(execution.workflow_id, run_id=execution.run_id)
+    events: dict[str, Payload] = {}
+    async for event in handle.fetch_history_events():
+        _look_for_event(event, events)
+    return events
+
+
 def _look_at(event: HistoryEvent, remains: Remains) -> None:
     scheduled = event.activity_task_scheduled_event_attributes
     if scheduled.activity_id == wire.ACTIVITY_ID:
@@ -64,7 +73,11 @@ def _look_at(event: HistoryEvent, remains: Remains) -> None:
             remains.journal = wire.unpack(result)
     failure = event.workflow_execution_failed_event_attributes.failure.application_failure_info
     remains.journal = list(failure.details.payloads) or remains.journal
+    _look_for_event(event, remains.events)
+
+
+def _look_for_event(event: HistoryEvent, events: dict[str, Payload]) -> None:
     signal = event.workflow_execution_signaled_event_attributes
     if signal.signal_name == wire.SIGNAL_EVENT:
         key, value = signal.input.payloads
-        remains.events.setdefault(wire.EventInput.from_payload(key).key, value)
+        events.setdefault(wire.EventInput.from_payload(key).key, value)

@@ -26,7 +26,7 @@ from temporal_async_task.errors import (
 )
 from temporal_async_task.retry import RetryPolicy, decide
 from temporal_async_task.status import StepState, TaskResult, TaskStatus
-from temporal_async_task.steps import ChildTask, StepCall, check_text, child_of, idempotency_key, step_var
+from temporal_async_task.steps import ChildTask, StepCall, check_text, child_of, idempotency_key, seconds, step_var
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -75,7 +75,8 @@ class Runner(Attempt):
         """A step that runs another task: submits it once, and looks at it until it has ended."""
         if self.settings.local:
             return await self.step(replace(call, call=child.__call__, kwargs={}))
-        options = call.kwargs
+        options = dict(call.kwargs)
+        timeout = options.pop("timeout", None)
         child_id = options.get("task_id") or idempotency_key(self.settings.origin, call.key)
 
         async def look() -> _Ready | None:
@@ -96,7 +97,9 @@ class Runner(Attempt):
                 raise self._failure(record)
             try:
                 if record.state is not StepState.COMPLETED:
-                    await self._poll(replace(call, call=look, args=(), kwargs={}), record, _child_pause, None)
+                    await self._poll(
+                        replace(call, call=look, args=(), kwargs={}), record, _child_pause, timeout and seconds(timeout)
+                    )
             except asyncio.CancelledError:
                 if self._cancelled and record.child is not None:
                     with contextlib.suppress(TaskNotFoundError):
@@ -192,10 +195,14 @@ class Runner(Attempt):
                 record.due = NEVER if timeout is None else started + timeout
                 record.state = StepState.WAITING
                 await self._refuse_cancelled()
-                if key in self._events:
+                event = self._events.get(key)
+                due = record.due <= self._carrier.now()
+                if event is None and due and record.due > self._began:  # it may have come while a step was in flight
+                    event = await self._carrier.find_event(key)
+                if event is not None:
                     record.calls = 1
-                    await self._complete(record, self._events[key])
-                elif self._began >= record.due:  # else an event may have come that this attempt was not given
+                    await self._complete(record, event)
+                elif due:
                     await self._give_up(record, ErrorInfo.named("WaitTimeoutError", f"no event within {timeout} s"))
                 else:
                     await self._park(Wait(record.due, event=key))

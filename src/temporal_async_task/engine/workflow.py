@@ -191,7 +191,7 @@ def _task_of(args: Sequence[RawValue]) -> tuple[str, wire.TaskInput]:
         return name, own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
     except (IndexError, TypeError, ValueError) as error:
         raise ApplicationError(
-            f"Task {name!r} was not started by temporal-async-task. Use task.submit(), or the async-task command.",
+            f"Task {name!r} was not started by temporal-async-task. Use task.submit().",
             non_retryable=True,
         ) from error
 

@@ -156,6 +156,8 @@ async def insist(call: Callable[[], Awaitable[T]], what: str) -> T:
     while True:
         try:
             return await call()
+        except (TypeError, AttributeError, NameError):  # of the code, and no better the next time
+            raise
         except Exception as error:  # the server's, or of a codec that asks a key service
             if isinstance(error, RPCError) and error.status in _FINAL:
                 raise AttemptGoneError(str(error)) from error

@@ -1,0 +1,199 @@
+"""With a codec on the data converter, what the user's values and errors say is nowhere in clear on the server."""
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from temporalio.api.common.v1 import Payload, WorkflowExecution
+from temporalio.api.workflowservice.v1 import (
+    DescribeWorkflowExecutionRequest,
+    GetWorkflowExecutionHistoryRequest,
+)
+from temporalio.client import Client
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.converter import DataConverter, DefaultFailureConverterWithEncodedAttributes, PayloadCodec
+
+from support import App, backs_off, ended, status_when
+from temporal_async_task import (
+    AsyncTaskComponent,
+    RetryPolicy,
+    StepState,
+    TaskConflictError,
+    TaskResult,
+    TaskStatus,
+    async_task,
+    progress,
+    sleep,
+    step,
+)
+from temporal_async_task.engine import activity
+
+CANARY = "canary-4b1d"
+POLICY = RetryPolicy(max_retries=2, initial_delay=1.05, max_delay=1.05, jitter=0)
+
+
+class Masking(PayloadCodec):
+    """A toy: it masks each payload as a whole with a key."""
+
+    def __init__(self, key: int = 0x5A) -> None:
+        self._key = key
+
+    def _mask(self, data: bytes) -> bytes:
+        return bytes(byte ^ self._key for byte in data)
+
+    async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
+        return [
+            Payload(
+                metadata={"encoding": b"binary/masked"},
+                data=base64.b64encode(self._mask(payload.SerializeToString())),
+            )
+            for payload in payloads
+        ]
+
+    async def decode(self, payloads: Sequence[Payload]) -> list[Payload]:
+        decoded = []
+        for payload in payloads:
+            if payload.metadata.get("encoding") != b"binary/masked":
+                raise ValueError("a payload that this codec has not encoded")
+            decoded.append(Payload.FromString(self._mask(base64.b64decode(payload.data))))
+        return decoded
+
+
+MASKED = dataclasses.replace(
+    pydantic_data_converter,
+    payload_codec=Masking(),
+    failure_converter_class=DefaultFailureConverterWithEncodedAttributes,
+)
+
+
+async def on_the_server(client: Client, task_id: str) -> bytes:
+    """All that the server has of a run, as it has it."""
+    execution = WorkflowExecution(workflow_id=task_id)
+    service = client.workflow_service
+    described = await service.describe_workflow_execution(
+        DescribeWorkflowExecutionRequest(namespace=client.namespace, execution=execution)
+    )
+    history = await service.get_workflow_execution_history(
+        GetWorkflowExecutionHistoryRequest(namespace=client.namespace, execution=execution)
+    )
+    return described.SerializeToString() + history.SerializeToString()
+
+
+@dataclasses.dataclass
+class Journey:
+    """A run that meets all that there is: steps, progress, a retry, a sleep, and its end."""
+
+    task_id: str
+    in_backoff: TaskResult[Any]
+    asleep: TaskResult[Any]
+    at_the_end: TaskResult[Any]
+    seen: bytes
+
+
+async def travel(app: App, ends: str, converter: DataConverter) -> Journey:
+    calls = []
+
+    async def generate(prompt: str) -> str:
+        return f"image of {prompt}"
+
+    async def flaky(image: str) -> str:
+        calls.append(image)
+        if len(calls) == 1:
+            raise ConnectionError(f"cannot upload {image}")
+        return f"url of {image}"
+
+    @async_task(retry_policy=POLICY)
+    async def shoot(prompt: str) -> str:
+        progress(0.5, f"halfway to {prompt}")
+        image = await step("generate", generate, prompt)
+        url = await step("upload", flaky, image)
+        await sleep("pause", 1.05)
+        if ends == "fails":
+            raise TypeError(f"nobody wants {url}")
+        return url
+
+    component: AsyncTaskComponent = await app.start(shoot, data_converter=converter)
+    task_id = await shoot.submit(CANARY)
+    pictures, seen = [], b""
+    for condition in (
+        backs_off,
+        lambda run: backs_off(run) and run.current_step == "pause",
+        ended,
+    ):
+        pictures.append(await status_when(shoot, task_id, condition))
+        seen += await on_the_server(component.client, task_id)
+    return Journey(task_id, *pictures, seen)
+
+
+@pytest.mark.parametrize("ends", ["completes", "fails"])
+async def test_a_run_and_its_status_work_with_a_codec_and_nothing_of_it_is_in_clear(app: App, ends: str):
+    journey = await travel(app, ends, MASKED)
+    assert CANARY.encode() not in journey.seen
+    assert journey.in_backoff.last_error == f"ConnectionError: cannot upload image of {CANARY}"
+    assert journey.in_backoff.completed_steps == ("generate",)
+    assert journey.in_backoff.progress_message == f"halfway to {CANARY}"
+    assert journey.asleep.completed_steps == ("generate", "upload")
+    assert journey.asleep.steps[2].state is StepState.WAITING
+    end = journey.at_the_end
+    assert end.completed_steps == ("generate", "upload", "pause")
+    if ends == "completes":
+        assert (end.status, end.result) == (TaskStatus.COMPLETED, f"url of image of {CANARY}")
+    else:
+        assert (end.status, end.error_type) == (TaskStatus.FAILED, "TypeError")
+        assert end.error == f"nobody wants url of image of {CANARY}"
+
+
+async def test_without_a_codec_it_is_in_clear(app: App):
+    journey = await travel(app, "fails", pydantic_data_converter)
+    assert CANARY.encode() in journey.seen
+
+
+async def test_duplicates_and_conflicts_are_told_apart_with_a_codec(app: App):
+    @async_task
+    async def shoot(prompt: str) -> str:
+        return prompt
+
+    await app.connect(shoot, data_converter=MASKED)
+    task_id = await shoot.submit(CANARY)
+    assert await shoot.submit(CANARY, task_id=task_id) == task_id
+    with pytest.raises(TaskConflictError):
+        await shoot.submit("something else", task_id=task_id)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before its first attempt", "in backoff"])
+async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
+    app: App, monkeypatch: pytest.MonkeyPatch, begun: bool
+):
+    monkeypatch.setattr(activity, "UNREADABLE_DELAY", 1.0)
+    calls = []
+
+    async def flaky(prompt: str) -> str:
+        calls.append(prompt)
+        if begun and len(calls) == 1:
+            raise ConnectionError("not now")
+        return f"image of {prompt}"
+
+    @async_task(retry_policy=POLICY)
+    async def shoot(prompt: str) -> str:
+        first = await step("first", str.upper, prompt)
+        return await step("generate", flaky, first)
+
+    if begun:
+        worker = await app.start(shoot, data_converter=MASKED)
+        task_id = await shoot.submit(CANARY)
+        await status_when(shoot, task_id, backs_off)
+        await worker.stop()
+    else:
+        await app.connect(shoot, data_converter=MASKED)
+        task_id = await shoot.submit(CANARY)
+    stranger = await app.start(shoot, data_converter=dataclasses.replace(MASKED, payload_codec=Masking(0x33)))
+    await app.connect(shoot, data_converter=MASKED)  # whoever asks has the key
+    attempts = 3 if begun else 2
+    run = await status_when(shoot, task_id, lambda run: run.attempt >= attempts or ended(run))
+    assert run.status is not TaskStatus.FAILED
+    assert run.completed_steps == (("first",) if begun else ())
+    await stranger.stop()
+    await app.start(shoot, data_converter=MASKED)
+    assert await shoot.result(task_id, timeout=10) == f"image of {CANARY.upper()}"
