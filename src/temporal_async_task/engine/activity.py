@@ -176,8 +176,10 @@ class _Attempt:
             request(self._runner)
 
     def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
-        """Paused or reset: find out what for, beside the heartbeats."""
-        if self._stopping is None:
+        """Paused or reset: find out what for, beside the heartbeats. Cancelled: the run goes on in another activity."""
+        if answer.cancel_requested:
+            self.tell(Runner.supersede)
+        elif self._stopping is None:
             self._stopping = asyncio.create_task(self._stop(paused=answer.activity_paused))
 
     def saved(self, snapshot: Snapshot) -> None:
@@ -199,7 +201,7 @@ class _Attempt:
         # The journal says from now on that the run is cancelled. A paused activity has no heartbeat timeout, and with
         # the worker it would be lost: so it is paused no longer than until that is saved.
         await self._cancel_saved.wait()
-        await insist(lambda: unpause(self._client, execution), "go on with the cancellation")
+        await insist(lambda: unpause(self._client, execution, self._info.activity_id), "go on with the cancellation")
 
     # The runner's carrier; called on the user's loop
 

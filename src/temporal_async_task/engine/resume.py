@@ -66,7 +66,7 @@ async def sent_events(client: Client, execution: WorkflowExecution) -> dict[str,
 
 def _look_at(event: HistoryEvent, remains: Remains) -> None:
     scheduled = event.activity_task_scheduled_event_attributes
-    if scheduled.activity_id == wire.ACTIVITY_ID:
+    if scheduled.activity_id.startswith(wire.ACTIVITY_ID):
         remains.journal = list(scheduled.input.payloads[2:4]) or remains.journal
     for result in event.activity_task_completed_event_attributes.result.payloads:
         if wire.hold_of(result) is not None:

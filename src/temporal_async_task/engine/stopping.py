@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
     from temporalio.client import Client
 
-_SKEW = timedelta(seconds=10)
+_SKEW = timedelta(seconds=5)
 """By how much the clocks of server and worker may differ."""
 IN_AN_ATTEMPT = {
     PendingActivityState.PENDING_ACTIVITY_STATE_STARTED,
@@ -53,8 +53,10 @@ async def stop_and_look(client: Client, execution: WorkflowExecution, reason: st
         return None
     try:
         if found.paused and not found.pause_info.manual.reason.startswith(wire.PAUSED_TO_CANCEL):
-            await unpause(client, execution)  # by an operator; a second pause would not change the reason
-        await client.workflow_service.pause_activity(_pause(client, execution, reason), retry=True)
+            await unpause(
+                client, execution, found.activity_id
+            )  # by an operator; a second pause would not change the reason
+        await client.workflow_service.pause_activity(_pause(client, execution, found.activity_id, reason), retry=True)
     except RPCError as error:
         if error.status != RPCStatusCode.NOT_FOUND:
             raise
@@ -66,20 +68,20 @@ async def stop_and_look(client: Client, execution: WorkflowExecution, reason: st
     return [] if any(wire.NOTHING_BEGUN in payload.metadata for payload in journal) else journal
 
 
-async def unpause(client: Client, execution: WorkflowExecution) -> None:
+async def unpause(client: Client, execution: WorkflowExecution, activity_id: str) -> None:
     """Let the run's activity have its next attempt, when this one has ended."""
     request = UnpauseActivityRequest(
-        namespace=client.namespace, execution=execution, identity=client.identity, id=wire.ACTIVITY_ID
+        namespace=client.namespace, execution=execution, identity=client.identity, id=activity_id
     )
     await client.workflow_service.unpause_activity(request, retry=True)
 
 
-def _pause(client: Client, execution: WorkflowExecution, reason: str) -> PauseActivityRequest:
+def _pause(client: Client, execution: WorkflowExecution, activity_id: str, reason: str) -> PauseActivityRequest:
     return PauseActivityRequest(
         namespace=client.namespace,
         execution=execution,
         identity=client.identity,
-        id=wire.ACTIVITY_ID,
+        id=activity_id,
         reason=reason,
     )
 
@@ -108,5 +110,6 @@ async def _pending(client: Client, execution: WorkflowExecution) -> PendingActiv
 
 
 def task_activity(found: DescribeWorkflowExecutionResponse) -> PendingActivityInfo | None:
-    """The activity that carries the run, if one is pending."""
-    return next((one for one in found.pending_activities if one.activity_id == wire.ACTIVITY_ID), None)
+    """The activity that carries the run, if one is pending: the last that was scheduled."""
+    ours = [one for one in found.pending_activities if one.activity_id.startswith(wire.ACTIVITY_ID)]
+    return max(ours, key=lambda one: one.scheduled_time.ToNanoseconds(), default=None)

@@ -18,7 +18,9 @@ from temporalio.converter import DataConverter, DefaultPayloadConverter
 
 WORKFLOW_PREFIX = "asyncTask_"
 """A task's workflow type is this and its name."""
-ACTIVITY_ID = "task"
+ACTIVITY_ID = "task-"
+"""How the ids of the activities that carry a run begin; a number follows. There is one at a time, but for one whose
+worker is gone, which the server keeps until the run ends."""
 COLLECT_ACTIVITY = "asyncTask:collect"
 """The engine's own activity: gets the journal of a run that is to be cancelled out of its activity."""
 

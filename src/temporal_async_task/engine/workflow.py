@@ -36,6 +36,7 @@ class TaskWorkflow:
     def __init__(self) -> None:
         self._cancel_reason: str | None = None
         self._events: dict[str, Payload] = {}
+        self._activities = 0
         self._journal: list[Payload] = []
         """The journal, while no activity has it."""
 
@@ -95,11 +96,12 @@ class TaskWorkflow:
         self, name: str, start: wire.TaskInput, attempt: wire.AttemptInput, params: RawValue
     ) -> RawValue | None:
         """Run the activity. None: a cancellation has stopped it, and its journal is here."""
+        self._activities += 1
         payloads = [*self._journal, *(self._events[key] for key in attempt.events)]
         activity = workflow.start_activity(
             name,
             args=[RawValue(attempt.to_payload()), params, *map(RawValue, payloads)],
-            activity_id=wire.ACTIVITY_ID,
+            activity_id=f"{wire.ACTIVITY_ID}{self._activities}",
             result_type=RawValue,
             start_to_close_timeout=_NO_LIMIT,
             heartbeat_timeout=timedelta(seconds=start.heartbeat_timeout),
