@@ -363,6 +363,8 @@ class TemporalAsyncTask(Generic[P, R]):
     ) -> AsyncIterator[TaskResult[R]]:
         """The task's runs, newest first, as the server's visibility store has them (some moments behind).
 
+        Of more than a thousand runs, those that go on come before those that have ended.
+
         Args:
             status: Only runs with this status.
             limit: At most so many; None for all.

@@ -445,7 +445,7 @@ class Unreadable(Exception):  # noqa: N818 - the point is its property
         VendorError(response={"ResponseMetadata": {}}),
         Unreadable(),
     ],
-    ids=lambda error: repr(vars(error)),
+    ids=lambda error: str(list(vars(error))),
 )
 def test_what_only_looks_like_a_status_is_not_taken_for_one(error):
     assert decide(error, EXACT, 1).reason == "may be temporary"

@@ -238,6 +238,7 @@ class Attempt:
         return self._body_failed(error)
 
     def _body_failed(self, error: BaseException) -> Outcome:
+        error = _only_leaf(error)  # of a TaskGroup's: what failed is what is told
         if not isinstance(error, Exception) or isinstance(error, StepFailedError):
             return Failed(error)
         record = self.journal.body
@@ -512,6 +513,13 @@ def is_async(call: Callable[..., Any]) -> bool:
     while isinstance(call, functools.partial):
         call = call.func
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
+
+
+def _only_leaf(error: BaseException) -> BaseException:
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return _only_leaf(group.exceptions[0]) if len(group.exceptions) == 1 else group
+    return error
 
 
 def lost(record: StepRecord) -> StepRecord:

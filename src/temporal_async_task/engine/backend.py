@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 MAX_EVENT = 32 * 1024
 """Bytes; what the limit of a journal leaves."""
+_PAGE = 1000
 _ENDING = 7
 """Events that a run's history has at least when its activity has ended."""
 _RUNNING = {
@@ -192,11 +193,17 @@ class WorkflowBackend:
         quoted = task.workflow_type.replace("'", "''")
         clauses = f"WorkflowType = '{quoted}' AND ExecutionStatus != 'ContinuedAsNew'"
         seen: set[str] = set()  # a run that was resumed stands there more than once
+        pages = self._client.list_workflows(clauses + (f" AND ({query})" if query else ""), page_size=_PAGE)
         try:
-            async for found in self._client.list_workflows(clauses + (f" AND ({query})" if query else "")):
-                if found.id not in seen:
-                    seen.add(found.id)
-                    yield found.id
+            while True:
+                await pages.fetch_next_page()
+                # The server puts those first that go on, and then those that ended last.
+                for found in sorted(pages.current_page or (), key=lambda run: run.start_time, reverse=True):
+                    if found.id not in seen:
+                        seen.add(found.id)
+                        yield found.id
+                if not pages.next_page_token:
+                    return
         except RPCError as error:
             raise translated(error, self._client) from error
 

@@ -123,7 +123,7 @@ def _header_of(result: Payload | None) -> list[Payload]:
 
 async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     """The journal's header; an empty journal where there is none."""
-    if not header:
+    if not header or wire.NOTHING_BEGUN in header[0].metadata:
         return Journal()
     [plain] = await values.decode_raw(list(header))
     return Journal.of_header(plain.data)

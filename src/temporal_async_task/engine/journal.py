@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from temporal_async_task.errors import PayloadTooLargeError
 from temporal_async_task.status import StepState
@@ -40,6 +40,9 @@ class ErrorInfo(NamedTuple):
     def of(cls, error: BaseException) -> ErrorInfo:
         try:
             text = str(error)
+            if isinstance(error, BaseExceptionGroup):
+                parts = cast("BaseExceptionGroup[BaseException]", error).exceptions
+                text += ": " + "; ".join(str(cls.of(part)) for part in parts)
         except Exception:
             text = "(its text cannot be made)"
         return cls.named(type(error).__name__, text)

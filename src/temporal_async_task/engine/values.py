@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import sys
 import types
 import typing
 from collections.abc import (
@@ -29,6 +30,7 @@ from collections.abc import (
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+import typing_extensions
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 from temporalio.api.common.v1 import Payload
@@ -37,6 +39,7 @@ from temporalio.common import RawValue
 from temporalio.converter import DataConverter, WorkflowSerializationContext
 from temporalio.exceptions import ApplicationError, FailureError
 
+from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.errors import ConfigError, PayloadTooLargeError, ResultError, StepUsageError
 from temporal_async_task.steps import Result
@@ -121,7 +124,7 @@ class PayloadValues:
 
     async def decode_journal(self, payloads: Sequence[Payload]) -> Journal:
         """The journal of ``encode_journal``'s payloads; an empty one of none."""
-        if not payloads:
+        if not payloads or wire.NOTHING_BEGUN in payloads[0].metadata:
             return Journal()
         header, results = payloads
         [plain] = await self.decode_raw([header])
@@ -272,7 +275,8 @@ def _annotations(function: Callable[..., Any], scope: Mapping[str, Any] | None =
             with contextlib.suppress(ValueError):  # a cell that is still empty
                 local[name] = cell.cell_contents
     try:
-        return typing.get_type_hints(function, localns=local or None, include_extras=True)
+        hints = typing.get_type_hints(function, localns=local or None, include_extras=True)
+        return {name: _for_pydantic(hint) for name, hint in hints.items()}
     except NameError as error:
         raise ConfigError(
             f"The annotations of {_name(function)} cannot be resolved: {error}. They tell how values are decoded, so "
@@ -280,6 +284,15 @@ def _annotations(function: Callable[..., Any], scope: Mapping[str, Any] | None =
         ) from error
     except TypeError:  # builtins and the like, which have none
         return {}
+
+
+def _for_pydantic(hint: Any) -> Any:
+    """A TypedDict of ``typing`` as one of ``typing_extensions``, which is the one pydantic takes before Python 3.12."""
+    if sys.version_info >= (3, 12) or not typing.is_typeddict(hint):
+        return hint
+    fields = {name: _for_pydantic(field) for name, field in typing.get_type_hints(hint, include_extras=True).items()}
+    make: Any = typing_extensions.TypedDict
+    return make(hint.__name__, fields, total=hint.__total__)
 
 
 def _result_of(hint: Any, *, generator: bool = False) -> Any:

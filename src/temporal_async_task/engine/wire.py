@@ -151,6 +151,11 @@ def created_time(payload: Payload) -> Timestamp:
     return time
 
 
+def nothing_begun() -> Payload:
+    """What stands in the place of a journal that there is not yet."""
+    return Payload(metadata={"encoding": b"binary/null", NOTHING_BEGUN: b"true"})
+
+
 def pack(payloads: Sequence[Payload]) -> Payload:
     """Several payloads in one."""
     return Payload(metadata={"encoding": b"binary/plain"}, data=Payloads(payloads=payloads).SerializeToString())
