@@ -694,7 +694,7 @@ def operation(client: Client, task_id: str) -> dict[str, Any]:
         "namespace": client.namespace,
         "execution": WorkflowExecution(workflow_id=task_id),
         "identity": "an operator",
-        "id": wire.ACTIVITY_ID,
+        "id": f"{wire.ACTIVITY_ID}1",
     }
 
 

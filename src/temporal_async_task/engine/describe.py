@@ -132,7 +132,8 @@ async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
 def _picture(
     task_id: str, status: TaskStatus, info: WorkflowExecutionInfo, journal: Journal, **fields: Any
 ) -> TaskResult[Any]:
-    records = sorted(journal, key=lambda record: (record.started is None, record.started or 0.0))
+    begun = [record for record in journal if record.is_begun]
+    records = sorted(begun, key=lambda record: (record.started is None, record.started or 0.0))
     unfinished = [record for record in records if record.finished is None]
     unfinished.sort(key=lambda record: (record.key in journal.cancelled_at, record.state is not StepState.RUNNING))
     fraction, message = journal.progress or (None, None)

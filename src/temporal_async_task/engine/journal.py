@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from temporal_async_task.errors import PayloadTooLargeError
 from temporal_async_task.status import StepState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 VERSION = 1
 MAX_BYTES = 2 * 1024 * 1024 - 64 * 1024
@@ -38,14 +38,12 @@ class ErrorInfo(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorInfo:
+        parts: Sequence[BaseException] = getattr(error, "exceptions", ()) if _is_group(error) else ()
         try:
-            text = str(error)
-            if isinstance(error, BaseExceptionGroup):
-                parts = cast("BaseExceptionGroup[BaseException]", error).exceptions
-                text += ": " + "; ".join(str(cls.of(part)) for part in parts)
+            text = ": ".join([str(error), *filter(None, ["; ".join(str(cls.of(part)) for part in parts)])])
         except Exception:
             text = "(its text cannot be made)"
-        return cls.named(type(error).__name__, text)
+        return cls.named(error.__class__.__name__, text)
 
     @classmethod
     def named(cls, error_type: str, message: str) -> ErrorInfo:
@@ -259,7 +257,7 @@ class Journal:
                 "progress": self.progress,
                 "cancel": self.cancel_reason,
                 "cancelled_at": self.cancelled_at,
-                "open": [record.to_json(text) for record in self._open.values() if record.is_begun],
+                "open": [record.to_json(text) for record in self._open.values()],
             }
         )
 
@@ -314,6 +312,10 @@ class Journal:
             record = StepRecord.from_json(step)
             journal._open[record.key] = record
         return journal
+
+
+def _is_group(error: BaseException) -> bool:
+    return isinstance(error, BaseExceptionGroup)
 
 
 def _rounded(seconds: float | None) -> float | None:
