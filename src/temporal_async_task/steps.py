@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-U = TypeVar("U")
 
 MAX_TEXT_BYTES = 255
 """Longest name, id or key: MySQL, one of Temporal's databases, indexes 255 characters."""

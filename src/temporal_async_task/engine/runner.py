@@ -62,13 +62,9 @@ class Runner(Attempt):
             return await self._child(child, call)
         hint = call.options.result_type or self._return_type(call.call)  # refused before the call, if it must be
         with self._in_flight(call.key, "step"):
-            await self._refuse_cancelled_at(call.key)
-            record = self.journal.get(call.key) or self._opened(call.key)
-            if record.state is StepState.COMPLETED:
-                return await self._answer(record, hint)
-            if record.state is StepState.FAILED:
-                raise self._failure(record)
-            await self._drive(call, record)
+            record = await self._find(call.key)
+            if record.state is not StepState.COMPLETED:
+                await self._drive(call, record)
             return await self._answer(record, hint)
 
     async def _child(self, child: ChildTask, call: StepCall) -> Any:
@@ -92,9 +88,7 @@ class Runner(Attempt):
             return _Ready(run.result) if run.status is TaskStatus.COMPLETED else None
 
         with self._in_flight(call.key, "step"):
-            record = self.journal.get(call.key) or self._opened(call.key)
-            if record.state is StepState.FAILED:
-                raise self._failure(record)
+            record = await self._find(call.key)
             try:
                 if record.state is not StepState.COMPLETED:
                     await self._poll(
@@ -110,8 +104,7 @@ class Runner(Attempt):
     async def sleep(self, key: str, duration: float) -> None:
         """Wait until ``duration`` seconds after the first ask. See ``steps.sleep``."""
         with self._in_flight(key, "sleep"):
-            await self._refuse_cancelled_at(key)
-            record = self.journal.get(key) or self._opened(key)
+            record = await self._find(key)
             if record.state is StepState.COMPLETED:
                 return
             if record.due is None:
@@ -124,10 +117,7 @@ class Runner(Attempt):
         """Call until the answer is not None. See ``steps.poll``."""
         hint = call.options.result_type or self._return_type(call.call)
         with self._in_flight(call.key, "poll"):
-            await self._refuse_cancelled_at(call.key)
-            record = self.journal.get(call.key) or self._opened(call.key)
-            if record.state is StepState.FAILED:
-                raise self._failure(record)
+            record = await self._find(call.key)
             if record.state is not StepState.COMPLETED:
                 await self._poll(call, record, every, timeout)
             return await self._answer(record, hint)
@@ -186,10 +176,7 @@ class Runner(Attempt):
                 f"task, or test it with testing.TaskRun and its send()."
             )
         with self._in_flight(key, "wait_for"):
-            await self._refuse_cancelled_at(key)
-            record = self.journal.get(key) or self._opened(key)
-            if record.state is StepState.FAILED:
-                raise self._failure(record)
+            record = await self._find(key)
             while record.state is not StepState.COMPLETED:
                 started = self._started(record)
                 record.due = NEVER if timeout is None else started + timeout
@@ -218,6 +205,18 @@ class Runner(Attempt):
     def _set_progress(self, fraction: float | None, message: str) -> None:
         self.journal.progress = (fraction, message)
         self._note()
+
+    async def _find(self, key: str) -> StepRecord:
+        """The record of what is asked for: finished, or to go on with.
+
+        Raises:
+            AsyncTaskError: It has failed for good, in this attempt or an earlier one.
+        """
+        await self._refuse_cancelled_at(key)
+        record = self.journal.get(key) or self._opened(key)
+        if record.state is StepState.FAILED:
+            raise self._failure(record)
+        return record
 
     def _failure(self, record: StepRecord) -> AsyncTaskError:
         error = recorded_failure(record)
