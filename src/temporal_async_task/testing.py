@@ -18,7 +18,7 @@ import concurrent.futures
 import selectors
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from temporal_async_task.task import TemporalAsyncTask
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 When = Literal["before", "after", "saved"]
 """Of a lost worker: before the call; after it, its result not yet saved; after its result was saved."""
@@ -230,7 +231,7 @@ class TaskRun(Generic[R]):
         for at, act in self._timeline:
             loop.call_later(at, act)
         for at, key, sent in self._sent:
-            data = await self._values.encode(sent)
+            data = await self._values.seal(self._values.serialise(sent))
             loop.call_later(at, self._receive, key, data)
         for number in range(1, max_attempts + 1):
             began = self.now()
@@ -238,7 +239,7 @@ class TaskRun(Generic[R]):
             self.attempts.append(Attempt(number, began, self.now(), outcome))
             match outcome:
                 case Completed(result):
-                    value: R = await self._values.decode(result, self.task.result_type)
+                    value: R = self._values.convert(await self._values.unseal(result), self.task.result_type)
                     return value
                 case Failed(error):
                     raise error
@@ -274,7 +275,7 @@ class TaskRun(Generic[R]):
             settings,
             journal,
             self._values,
-            _Carrier(self, number),
+            _Carrier(self, number, journal),
             threads=_Inline(),
             return_type=return_type,
             cancelled=journal.cancel_reason is not None,
@@ -329,22 +330,28 @@ class TaskRun(Generic[R]):
 class _Carrier:
     """Keeps the journal in memory."""
 
-    def __init__(self, run: TaskRun[Any], attempt: int) -> None:
+    def __init__(self, run: TaskRun[Any], attempt: int, journal: Journal) -> None:
         self._run = run
         self._attempt = attempt
+        self._journal = journal
+        self._loop = asyncio.get_running_loop()
 
     def now(self) -> float:
         return self._run.now()
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(work(*args), self._loop)  # there is no other
+
+    async def checkpoint(self) -> None:
+        snapshot = self._journal.snapshot()
         await asyncio.sleep(0)  # as a server would, it takes a turn of the loop at least
-        self.note(snapshot)
+        self._run.save(snapshot, self._attempt)
 
     async def find_event(self, key: str) -> bytes | None:
         return self._run.event_of(key)
 
-    def note(self, snapshot: Snapshot) -> None:
-        self._run.save(snapshot, self._attempt)
+    def note(self) -> None:
+        self._run.save(self._journal.snapshot(), self._attempt)
 
 
 class _ScriptedRunner(Runner):
@@ -352,12 +359,12 @@ class _ScriptedRunner(Runner):
 
     test: TaskRun[Any]
 
-    async def make_call(self, call: StepCall) -> Any:
+    async def make_call(self, call: StepCall, land: Callable[[Any], None] | None) -> Any:
         test = self.test
         script = test.script_of(call.key)
         test.calls.append(Call(call.key, self.settings.attempt, test.now(), call.args, call.kwargs))
         if script is None:
-            return await super().make_call(call)
+            return await super().make_call(call, land)
         if script.duration:
             await asyncio.sleep(script.duration)
         if script.loses("before"):
@@ -372,10 +379,9 @@ class _ScriptedRunner(Runner):
             return script.acts.pop(0)()
         if script.otherwise is not None:
             return script.otherwise()
-        return await super().make_call(call)
+        return await super().make_call(call, None)  # it may be lost with its worker, yet
 
-    async def _save(self, record: StepRecord) -> None:
-        await super()._save(record)
+    async def _saved(self, record: StepRecord) -> None:
         script = self.test.script_of(record.key)
         if script is not None and script.loses("saved"):
             await self._lose_worker()

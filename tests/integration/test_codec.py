@@ -1,5 +1,6 @@
 """With a codec on the data converter, what the user's values and errors say is nowhere in clear on the server."""
 
+import asyncio
 import base64
 import dataclasses
 from collections.abc import Sequence
@@ -197,3 +198,32 @@ async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
     await stranger.stop()
     await app.start(shoot, data_converter=MASKED)
     assert await shoot.result(task_id, timeout=10) == f"image of {CANARY.upper()}"
+
+
+async def test_a_codec_is_used_on_the_event_loop_of_its_component_alone(app: App):
+    loops = set()
+
+    class OfOneLoop(Masking):
+        """As one that asks a key service would be: its client belongs to the loop on which it was made."""
+
+        async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
+            loops.add(asyncio.get_running_loop())
+            return await super().encode(payloads)
+
+        async def decode(self, payloads: Sequence[Payload]) -> list[Payload]:
+            loops.add(asyncio.get_running_loop())
+            return await super().decode(payloads)
+
+    async def draw(prompt: str) -> str:
+        return f"picture of {prompt}"
+
+    def store(picture: str) -> str:
+        return f"{picture}.png"
+
+    @async_task
+    async def picture(prompt: str) -> str:
+        return await step("store", store, await step("draw", draw, prompt))
+
+    await app.start(picture, data_converter=dataclasses.replace(MASKED, payload_codec=OfOneLoop()))
+    assert await picture.run("a lamp") == "picture of a lamp.png"
+    assert loops == {asyncio.get_running_loop()}

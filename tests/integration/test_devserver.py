@@ -112,8 +112,10 @@ async def main():
 
 @contextlib.contextmanager
 def caller(main: str) -> Iterator[subprocess.Popen[str]]:
-    imports = "import asyncio, os\nfrom temporal_async_task.devserver import DevServer"
-    script = f"{imports}\n{main}\nasyncio.run(main())"
+    imports = "import asyncio, os, signal\nfrom temporal_async_task.devserver import DevServer"
+    # A shell has its background jobs ignore Ctrl-C, and these tests may run in one.
+    terminal = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{imports}\n{terminal}\n{main}\nasyncio.run(main())"
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support import NEVER_AGAIN, App, wait_until
+from support import NEVER_AGAIN, App, status_when, wait_until
 from temporal_async_task import RetryPolicy, TaskStatus, async_task, step
 
 BLOCKING_LINE = 1 + Path(__file__).read_text().splitlines().index(
@@ -94,6 +94,78 @@ async def test_blocking_code_holds_up_neither_status_nor_tasks_that_come_after_i
     assert (await block.get_status(task_id)).status is TaskStatus.PROCESSING
     assert blocked == ["begun"]
     await block.result(task_id)
+
+
+async def test_blocking_code_does_not_hold_up_the_checkpoints_of_tasks_beside_it(app: App):
+    order = []
+
+    def in_a_thread() -> None:
+        order.append("step begun")
+        time.sleep(0.5)
+        order.append("step done")
+
+    @async_task
+    async def beside() -> None:
+        await step("first", in_a_thread)
+        await step("second", abs, 1)
+
+    @async_task
+    async def block() -> None:
+        time.sleep(3)  # noqa: ASYNC251 - it is the point
+        order.append("block over")
+
+    await app.start(block, beside)
+    task_id = await beside.submit()
+    await wait_until(lambda: order)
+    blocking_id = await block.submit()
+    await status_when(beside, task_id, lambda run: "first" in run.completed_steps)
+    assert order == ["step begun", "step done"]
+    await asyncio.gather(beside.result(task_id), block.result(blocking_id))
+
+
+async def test_blocking_code_does_not_hold_up_a_task_that_is_one_sync_call(app: App):
+    order = []
+
+    @async_task
+    def beside() -> str:
+        order.append("call begun")
+        time.sleep(0.5)
+        return "result"
+
+    @async_task
+    async def block() -> None:
+        order.append("block begun")
+        time.sleep(3)  # noqa: ASYNC251 - it is the point
+        order.append("block over")
+
+    await app.start(block, beside)
+    task_id = await beside.submit()
+    await wait_until(lambda: order)
+    blocking_id = await block.submit()
+    assert await beside.result(task_id) == "result"
+    assert order == ["call begun", "block begun"]
+    await block.result(blocking_id)
+
+
+async def test_a_run_that_begins_before_blocking_code_was_noticed_does_not_wait_for_it(app: App):
+    order = []
+
+    @async_task
+    async def block() -> None:
+        order.append("block begun")
+        time.sleep(5)  # noqa: ASYNC251 - it is the point
+        order.append("block over")
+
+    @async_task
+    async def quick(number: int) -> int:
+        return await step("double", abs, -number)
+
+    await app.start(block, quick)
+    blocking_id = await block.submit()
+    await wait_until(lambda: order, interval=0.001)
+    assert await asyncio.gather(*(quick.run(number) for number in range(5))) == list(range(5))
+    assert order == ["block begun"]
+    await block.result(blocking_id)
 
 
 async def test_a_step_that_takes_many_heartbeat_timeouts_is_called_once(app: App):

@@ -245,6 +245,50 @@ class TestUserLoops:
         await asyncio.wrap_future(blocked)
         await wait_until(lambda: loops.pick() is first)
 
+    async def test_what_could_not_begin_on_a_loop_begins_once_on_another(self, loops: UserLoops, blocker: Blocker):
+        begun = []
+
+        async def begin(loop: UserLoop) -> str:
+            begun.append(loop)
+            return "served"
+
+        blocked = loops.pick().run(blocks(blocker))
+        blocker.entered.wait(5)
+        first = loops.pick()  # nobody has noticed yet
+        assert await asyncio.wait_for(loops.run(begin), 5) == "served"
+        assert not blocked.done()
+        blocker.release()
+        await asyncio.wrap_future(blocked)
+        await asyncio.wrap_future(first.run(asyncio.sleep(0)))
+        assert len(begun) == 1
+        assert begun[0] is not first
+
+    async def test_code_that_takes_its_time_is_begun_once(self, loops: UserLoops):
+        begun = []
+
+        async def begin(loop: UserLoop) -> None:
+            begun.append(loop)
+            await asyncio.sleep(3 * STALL)
+
+        await loops.run(begin)
+        assert begun == [loops.pick()]
+
+    async def test_nothing_that_async_code_does_holds_up_the_loop_for_sync_code(
+        self, loops: UserLoops, blocker: Blocker
+    ):
+        blocked = loops.pick().run(blocks(blocker))
+        blocker.entered.wait(5)
+        assert loops.for_sync_code().run(asyncio.sleep(0, "served")).result(5) == "served"
+        blocker.release()
+        await asyncio.wrap_future(blocked)
+
+    async def test_an_error_is_raised_where_it_is_awaited(self, loops: UserLoops):
+        async def fail(loop: UserLoop) -> None:
+            raise LookupError("of the task")
+
+        with pytest.raises(LookupError, match="of the task"):
+            await loops.run(fail)
+
 
 class Rendezvous:
     """Calls that come back only once so many of them are being made at the same time."""

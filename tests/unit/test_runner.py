@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -449,6 +450,46 @@ class TestParallelSteps:
         run = TaskRun(task)
         run.on("a").raises(NonRetryableError("no"))
         assert run.execute() == ["Step 'a' failed after 1 attempt: NonRetryableError: no", 2]
+
+
+class TestResultsBesideBlockingCode:
+    async def test_a_call_that_ended_in_time_is_no_timeout_though_it_is_seen_late(self):
+        calls = []
+
+        def quick() -> str:
+            calls.append("quick")
+            time.sleep(0.1)
+            return "paid"
+
+        async def block() -> None:
+            await asyncio.sleep(0.05)
+            time.sleep(0.6)  # noqa: ASYNC251 - it is the point
+
+        @async_task(retry_policy=RetryPolicy(max_retries=3, initial_delay=0))
+        async def task() -> str:
+            paid, _ = await asyncio.gather(
+                step.with_options(timeout=0.3)("quick", quick),
+                step("block", block),
+            )
+            return paid
+
+        assert await task() == "paid"
+        assert calls == ["quick"]
+
+    async def test_a_result_that_does_not_serialise_fails_its_sync_step_for_good(self):
+        calls = []
+
+        def unfit() -> object:
+            calls.append("unfit")
+            return object()
+
+        @async_task
+        async def task() -> None:
+            await step("unfit", unfit)
+
+        with pytest.raises(ResultError, match="Step 'unfit'"):
+            await task()
+        assert calls == ["unfit"]
 
 
 class TestUnwinding:

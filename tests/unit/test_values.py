@@ -443,8 +443,8 @@ class TestPayloads:
         assert await values().from_payload(await values().to_payload(Shot(url="u"))) == {"url": "u"}
 
     async def test_bytes_are_the_same_payload(self):
-        data = await values().encode(Shot(url="u"))
-        assert await values().decode(data, Shot) == Shot(url="u")
+        data = await values().seal(values().serialise(Shot(url="u")))
+        assert values().convert(await values().unseal(data), Shot) == Shot(url="u")
 
     async def test_what_cannot_be_serialised_is_told_by_its_type(self):
         with pytest.raises(ResultError, match=r"a value of type lock cannot be serialised: PydanticSerializationError"):
@@ -563,7 +563,7 @@ class TestCodec:
         codec = Sealing()
         sealing = values(with_codec(codec))
         journal = Journal()
-        journal.complete(journal.open("a"), await sealing.encode("secret"), now=1.0)
+        journal.complete(journal.open("a"), await sealing.seal(sealing.serialise("secret")), now=1.0)
         header, results = await sealing.encode_journal(journal.snapshot())
         assert codec.sealed == 2
         assert header.metadata["encoding"] == b"binary/sealed"
@@ -572,9 +572,9 @@ class TestCodec:
     async def test_a_journal_comes_back_with_its_results(self):
         sealing = values(with_codec(Sealing()))
         journal = Journal()
-        journal.complete(journal.open("a"), await sealing.encode(Shot(url="u")), now=1.0)
+        journal.complete(journal.open("a"), await sealing.seal(sealing.serialise(Shot(url="u"))), now=1.0)
         [record] = (await sealing.decode_journal(await sealing.encode_journal(journal.snapshot()))).done()
-        assert await sealing.decode(record.result or b"", Shot) == Shot(url="u")
+        assert sealing.convert(await sealing.unseal(record.result or b""), Shot) == Shot(url="u")
 
     async def test_no_journal_is_an_empty_one(self):
         assert len(await values().decode_journal([])) == 0

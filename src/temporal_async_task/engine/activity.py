@@ -1,7 +1,7 @@
 """The one activity: carries a runner's attempt over Temporal.
 
 It runs on the SDK's event loop and owns what talks to the server; the runner, and with it all of the user's code, runs
-on an event loop of its own (``loops.py``). Between the two go snapshots of the journal one way, and what the server
+on an event loop of its own (``loops.py``). Between the two go the results for the journal one way, and what the server
 answers the other.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import functools
 import logging
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio import activity
 from temporalio.api.common.v1 import Payload, WorkflowExecution
@@ -22,7 +26,7 @@ from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.body import bind_body
+from temporal_async_task.engine.body import bind_body, is_sync
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
 from temporal_async_task.engine.outcome import (
     Cancelled,
@@ -45,10 +49,11 @@ if TYPE_CHECKING:
     from temporalio.client import Client
     from temporalio.converter import DataConverter
 
-    from temporal_async_task.engine.loops import DaemonThreads, UserLoops
+    from temporal_async_task.engine.loops import DaemonThreads, UserLoop, UserLoops
     from temporal_async_task.registry import Registry, TaskDefinition
 
 logger = logging.getLogger("temporal_async_task")
+T = TypeVar("T")
 
 KEEP_ALIVE = 5.0
 """Seconds, at most, between two heartbeats; so long may a running attempt take to learn of a request."""
@@ -153,9 +158,11 @@ class _Attempt:
         self._events = dict(zip(self._input.events, values, strict=True))
         self.task_id = info.workflow_id or info.activity_id
         self._values = PayloadValues(owner.converter, info.namespace, self.task_id)
-        self._user_loop = owner.user_loops.pick()
+        self._user_loop: UserLoop | None = None
         self._runner: Runner | None = None
         self._requests: list[Callable[[Runner], None]] = []
+        self._meeting = threading.Lock()
+        self._apart: set[asyncio.Task[Any]] = set()
         self._main_loop = asyncio.get_running_loop()
         # The server's clock, so that a worker's own may be wrong: due times outlive the attempt.
         self._clock_offset = info.started_time.timestamp() - time.monotonic()
@@ -167,13 +174,11 @@ class _Attempt:
 
     def tell(self, request: Callable[[Runner], None]) -> None:
         """Call a method of the runner on its own loop, now or as soon as there is one."""
-        self._user_loop.call_soon(self._pass_on, request)
-
-    def _pass_on(self, request: Callable[[Runner], None]) -> None:
-        if self._runner is None:
-            self._requests.append(request)
-        else:
-            request(self._runner)
+        with self._meeting:
+            if self._runner is None or self._user_loop is None:
+                self._requests.append(request)
+            else:
+                self._user_loop.call_soon(request, self._runner)
 
     def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
         """Paused or reset: find out what for, beside the heartbeats. Cancelled: the run goes on in another activity."""
@@ -203,27 +208,37 @@ class _Attempt:
         await self._cancel_saved.wait()
         await insist(lambda: unpause(self._client, execution, self._info.activity_id), "go on with the cancellation")
 
-    # The runner's carrier; called on the user's loop
+    # The runner's carrier; called in the threads of the users' code
 
     def now(self) -> float:
         return self._clock_offset + time.monotonic()
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
-        written: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._main_loop.call_soon_threadsafe(self._writer.submit, snapshot, written)
-        await asyncio.wrap_future(written)
+    def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()  # it is not for the users' code to cancel
+        with contextlib.suppress(RuntimeError):  # the process is at its end, and nothing can be saved any more
+            self._main_loop.call_soon_threadsafe(self._begin_apart, done, work, args)
+        return done
+
+    def _begin_apart(self, done: Future[T], work: Callable[..., Coroutine[Any, Any, T]], args: Sequence[Any]) -> None:
+        task = self._main_loop.create_task(work(*args))
+        self._apart.add(task)
+        task.add_done_callback(self._apart.discard)
+        task.add_done_callback(functools.partial(_pass_on, done))
+
+    async def checkpoint(self) -> None:
+        await self._writer.checkpoint()
 
     async def find_event(self, key: str) -> bytes | None:
-        finding = asyncio.run_coroutine_threadsafe(self._find_event(key), self._main_loop)
-        return await asyncio.wrap_future(finding)
+        return await asyncio.shield(asyncio.wrap_future(self.apart(self._find_event, key)))
 
     async def _find_event(self, key: str) -> bytes | None:
         execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
         events = await insist(lambda: sent_events(self._client, execution), "look for an event")
         return events[key].SerializeToString() if key in events else None
 
-    def note(self, snapshot: Snapshot) -> None:
-        self._main_loop.call_soon_threadsafe(self._writer.submit, snapshot)
+    def note(self) -> None:
+        self._main_loop.call_soon_threadsafe(self._writer.note)
 
     # The attempt
 
@@ -275,15 +290,28 @@ class _Attempt:
         )
         heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
         self._writer = JournalWriter(
-            self._client, self._info.task_token, self._encode, min(heartbeat / 3, KEEP_ALIVE), self
+            self._client,
+            self._info.task_token,
+            journal.snapshot,
+            self._encode,
+            interval=min(heartbeat / 3, KEEP_ALIVE),
+            listener=self,
         )
         writing = asyncio.create_task(self._writer.run(self._details))
         writing.add_done_callback(self._writer_ended)
         try:
-            outcome = await asyncio.wrap_future(self._user_loop.run(self._run(task, args, settings, journal)))
+            run = functools.partial(self._run, task, args, settings, journal)
+            loops = self._owner.user_loops
+            if is_sync(task.function):
+                loop = loops.for_sync_code()
+                outcome = await asyncio.wrap_future(loop.run(run(loop)))
+            else:
+                outcome = await loops.run(run)
             await self._report(outcome, journal)  # still with heartbeats: it may take its time
         finally:
             writing.cancel()
+            for work in self._apart:
+                work.cancel()
             if self._stopping is not None:
                 self._stopping.cancel()
 
@@ -294,9 +322,11 @@ class _Attempt:
                 logger.error("Task run %s: its journal cannot be written", self.task_id, exc_info=error)
             self.tell(Runner.supersede)
 
-    async def _run(self, task: TaskDefinition, args: Sequence[Any], settings: RunSettings, journal: Journal) -> Outcome:
+    async def _run(
+        self, task: TaskDefinition, args: Sequence[Any], settings: RunSettings, journal: Journal, loop: UserLoop
+    ) -> Outcome:
         """Run the attempt's code; on the user's loop."""
-        self._runner = Runner(
+        runner = Runner(
             settings,
             journal,
             self._values,
@@ -306,9 +336,11 @@ class _Attempt:
             cancelled=journal.cancel_reason is not None,
             events=self._events,
         )
+        with self._meeting:
+            self._user_loop, self._runner = loop, runner
         for request in self._requests:
-            request(self._runner)
-        return await self._runner.run(bind_body(task.function, tuple(args), self._runner))
+            request(runner)
+        return await runner.run(bind_body(task.function, tuple(args), runner))
 
     # The outcome
 
@@ -382,6 +414,15 @@ class _Attempt:
         if snapshot.cancelled:
             header.metadata[wire.CANCELLING] = b"true"
         return [header, results]
+
+
+def _pass_on(done: Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        done.set_exception(concurrent.futures.CancelledError())
+    elif (error := task.exception()) is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(task.result())
 
 
 def _told(error: BaseException, error_type: str, depth: int = 3) -> ApplicationError:

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from temporal_async_task.engine.failures import lost, only_leaf, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
 from temporal_async_task.engine.outcome import (
     Cancelled,
@@ -46,22 +47,17 @@ from temporal_async_task.engine.outcome import (
 )
 from temporal_async_task.engine.unwind import Unwind, scope
 from temporal_async_task.errors import (
-    AsyncTaskError,
     PayloadTooLargeError,
-    PollTimeoutError,
     ResultError,
     StepFailedError,
-    StepOutcomeUnknownError,
     TaskTimeoutError,
-    WaitTimeoutError,
-    WorkerLostError,
 )
 from temporal_async_task.retry import decide
 from temporal_async_task.steps import RunInfo, StepInfo, idempotency_key, runner_var
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
-    from concurrent.futures import Executor
+    from concurrent.futures import Executor, Future
 
     from temporal_async_task.steps import StepRunner
 
@@ -132,7 +128,7 @@ class Attempt:
         self._events = events or {}
         self._asked: set[str] = set()  # keys, so far
         self._asking: set[str] = set()  # those that have no answer yet
-        self._recording: set[asyncio.Task[None]] = set()  # results on their way into the journal
+        self._landing: set[asyncio.Future[None]] = set()  # results on their way into the journal
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
         self._body_was_first = False
@@ -157,8 +153,7 @@ class Attempt:
         finally:
             for timer in self._timers:
                 timer.cancel()
-            if self._note_timer:
-                self._note_timer.cancel()
+            self._drop_note()
 
     async def _run(self, body: Callable[[], Awaitable[Any]]) -> Outcome:
         if self._cancelled and not len(self.journal):
@@ -229,7 +224,8 @@ class Attempt:
         error = body.exception()
         if error is None:
             try:
-                return Completed(await self._patiently(lambda: self._values.encode(body.result())))
+                plain = self._values.serialise(body.result())
+                return Completed(await self._through_codec(self._values.seal, plain))
             except Exception as unfit:
                 return Failed(unfit)
         if self._cancelled:
@@ -238,7 +234,7 @@ class Attempt:
         return self._body_failed(error)
 
     def _body_failed(self, error: BaseException) -> Outcome:
-        error = _only_leaf(error)  # of a TaskGroup's: what failed is what is told
+        error = only_leaf(error)  # of a TaskGroup's: what failed is what is told
         if not isinstance(error, Exception) or isinstance(error, StepFailedError):
             return Failed(error)
         record = self.journal.body
@@ -333,13 +329,15 @@ class Attempt:
         """Leave what still runs of the attempt's code."""
         self.unwinding = True
         deadline = self._loop.time() + UNWIND_TIMEOUT
-        if self._recording:
-            await asyncio.wait(set(self._recording), timeout=UNWIND_TIMEOUT)
+        if self._landing:
+            await asyncio.wait(set(self._landing), timeout=UNWIND_TIMEOUT)
         while self._tasks and self._loop.time() < deadline:
             for task in self._tasks:
                 task.cancel()
             # In slices: code that swallows the first request is asked again.
             await asyncio.wait(set(self._tasks), timeout=UNWIND_TIMEOUT / 6)
+        if self._landing:  # of calls that ended just before they were left
+            await asyncio.wait(set(self._landing), timeout=max(deadline - self._loop.time(), 0.0))
         if self._tasks:
             logger.error(
                 "Task run %s: code of task %r goes on after its attempt has ended, and swallows every request to stop",
@@ -456,11 +454,27 @@ class Attempt:
     # Writing
 
     async def _checkpoint(self) -> None:
+        """Make durable what is known now."""
         self._refuse_if_ended()
-        if self._note_timer:
-            self._note_timer.cancel()
-            self._note_timer = None
-        await self._carrier.checkpoint(self.journal.snapshot())
+        self._drop_note()
+        await asyncio.shield(asyncio.wrap_future(self._apart(self._carrier.checkpoint)))
+
+    def _apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        context = contextvars.copy_context()
+        context.run(scope.set, None)  # the engine's own work is not the body's, and is not unwound with it
+        return context.run(self._carrier.apart, work, *args)
+
+    def _follow(self, landed: Future[None]) -> asyncio.Future[None]:
+        """See to it that the attempt does not end before this result is in the journal."""
+        here = asyncio.wrap_future(landed)
+        self._landing.add(here)
+        here.add_done_callback(self._forget)
+        return here
+
+    def _forget(self, landed: asyncio.Future[None]) -> None:
+        self._landing.discard(landed)
+        if not landed.cancelled():
+            landed.exception()  # seen: its step may be gone
 
     def _note(self, *, after: float = NOTE_DELAY) -> None:
         """Have the journal written soon, once, unless a checkpoint comes first."""
@@ -468,16 +482,29 @@ class Attempt:
             delay = max(after, self._last_note + NOTE_INTERVAL - self._loop.time())
             self._note_timer = self._loop.call_later(delay, self._write_note)
 
+    def _drop_note(self) -> None:
+        """Leave what is not awaited to the write that comes before it."""
+        if self._note_timer:
+            self._note_timer.cancel()
+            self._note_timer = None
+
     def _write_note(self) -> None:
         self._note_timer = None
         self._last_note = self._loop.time()
         if not self._ended.done():
-            self._carrier.note(self.journal.snapshot())
+            self._carrier.note()
 
     # Helpers
 
+    async def _through_codec(self, use: Callable[[Any], Coroutine[Any, Any, T]], value: Any) -> T:
+        """Seal or unseal a value. A codec or a store is used on one event loop only: it may hold a client of that."""
+        if not self._values.has_codec:
+            return await use(value)
+        work = functools.partial(self._patiently, functools.partial(use, value))
+        return await asyncio.shield(asyncio.wrap_future(self._apart(work)))
+
     async def _patiently(self, use: Callable[[], Awaitable[T]]) -> T:
-        """Encode or decode, however often a codec or a store fails on the way: a paid result is at stake."""
+        """Seal or unseal, however often a codec or a store fails on the way: a paid result is at stake."""
         failures = 0
         while True:
             try:
@@ -513,38 +540,6 @@ def is_async(call: Callable[..., Any]) -> bool:
     while isinstance(call, functools.partial):
         call = call.func
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
-
-
-def _only_leaf(error: BaseException) -> BaseException:
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return _only_leaf(group.exceptions[0]) if len(group.exceptions) == 1 else group
-    return error
-
-
-def lost(record: StepRecord) -> StepRecord:
-    """The record of a step, or body, that has taken too many workers down."""
-    record.error = ErrorInfo.named("WorkerLostError", f"its worker was lost with it {record.lost} times in a row")
-    return record
-
-
-def recorded_failure(record: StepRecord) -> AsyncTaskError:
-    info = record.error or ErrorInfo.named("Exception", "")
-    match info.type:
-        case "PayloadTooLargeError":
-            return PayloadTooLargeError(info.message)
-        case "ResultError":
-            return ResultError(info.message)
-        case "WorkerLostError":
-            return WorkerLostError(record.key, record.calls, info.type, info.message)
-        case "StepOutcomeUnknownError":
-            return StepOutcomeUnknownError(record.key, record.calls, info.type, info.message)
-        case "PollTimeoutError":
-            return PollTimeoutError(record.key, record.calls, info.type, info.message)
-        case "WaitTimeoutError":
-            return WaitTimeoutError(record.key, record.calls, info.type, info.message)
-        case _:
-            return StepFailedError(record.key, record.calls, info.type, info.message)
 
 
 def _without_stop_iteration(call: Callable[[], Any]) -> Any:

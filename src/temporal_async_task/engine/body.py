@@ -28,6 +28,11 @@ def bind_body(function: Callable[..., Any], args: tuple[Any, ...], runner: Runne
     return functools.partial(runner.invoke, function, *args)
 
 
+def is_sync(function: Callable[..., Any]) -> bool:
+    """Whether all of a task's code is one sync call: it asks for no steps, and needs no event loop."""
+    return not (is_async(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function))
+
+
 async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) -> Any:
     """Drive a plain generator. Its code may block, so every stretch of it runs in a thread."""
     resume: Callable[[], Any] = functools.partial(next, generator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,8 @@ The margin is for the open steps' part of the header and for the message around 
 
 _MAX_ERROR_TEXT = 1_000  # characters
 _MAX_OPEN_TEXT = 10_000  # characters; of the errors of all open steps
-_OPEN_BYTES = 512  # what the record of an open step takes, at most, but for its error's text
+_OPEN_BYTES = 400  # what the record of an open step takes, at most, but for its key and its error's text
+_MAX_REST = 64 * 1024  # what the errors of all open steps take, at most, and all that is not a step's
 _FEW_OPEN = 20  # steps, for which the limit's margin is enough
 _LENGTH = struct.Struct(">I")
 
@@ -121,7 +123,11 @@ class StepRecord:
 
 @dataclass(slots=True)
 class Journal:
-    """The steps of one run, and what else must outlive an attempt."""
+    """The steps of one run, and what else must outlive an attempt.
+
+    Steps are begun on the users' event loop, and finished and stored on the engine's: what reads or changes which
+    steps there are holds a lock. The fields of one record belong to its step's call.
+    """
 
     started: float | None = None
     """When the first attempt began."""
@@ -141,15 +147,18 @@ class Journal:
     _open: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
     _done_header: list[str] = field(default_factory=list[str])
     _done_bytes: int = 0
+    _open_bytes: int = 0
     _results: bytearray = field(default_factory=bytearray)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self._done) + len(self._open)
 
     def __iter__(self) -> Iterator[StepRecord]:
         """All steps, the finished ones first, in the order in which they finished."""
-        yield from self._done.values()
-        yield from self._open.values()
+        with self._lock:
+            records = [*self._done.values(), *self._open.values()]
+        return iter(records)
 
     def done(self) -> list[StepRecord]:
         """The finished steps, in the order in which they finished."""
@@ -170,17 +179,25 @@ class Journal:
         Raises:
             PayloadTooLargeError: There is no room for it.
         """
-        if key not in self._open:
-            if len(self._open) >= _FEW_OPEN and self._size() > self.max_bytes - _OPEN_BYTES:
-                raise PayloadTooLargeError(
-                    f"{len(self._open)} steps are under way, and the run's journal has no room for another: its limit "
-                    f"is {self.max_bytes:,} bytes (2 MB with the params). Begin fewer at once, or keep results smaller."
-                )
-            self._open[key] = StepRecord(key)
-        return self._open[key]
+        with self._lock:
+            if key not in self._open:
+                if len(self._open) >= _FEW_OPEN and self._is_over(_open_bytes(key)):
+                    raise PayloadTooLargeError(
+                        f"{len(self._open)} steps are under way, and the run's journal has no room for another: its "
+                        f"limit is {self.max_bytes:,} bytes (2 MB with the params). Begin fewer at once, or keep "
+                        f"results smaller."
+                    )
+                self._add_open(StepRecord(key))
+            return self._open[key]
 
     def _size(self) -> int:
         return len(self._results) + self._done_bytes + len(self._rest().encode())
+
+    def _is_over(self, more: int) -> bool:
+        """Whether so many bytes more would be over the limit."""
+        # At first roughly: to measure all open steps for each that begins or ends would cost the square of them.
+        at_most = len(self._results) + self._done_bytes + self._open_bytes + _MAX_REST
+        return at_most + more > self.max_bytes and self._size() + more > self.max_bytes
 
     def complete(self, record: StepRecord, result: bytes, now: float) -> None:
         """Note a step's result.
@@ -188,19 +205,21 @@ class Journal:
         Raises:
             PayloadTooLargeError: The journal would be too large; it is as it was before.
         """
-        size = self._size() + len(result)
-        if size > self.max_bytes:
-            raise PayloadTooLargeError(
-                f"A result of {len(result):,} bytes would bring the run's journal to {size:,} bytes, over the limit of "
-                f"{self.max_bytes:,} (2 MB with the params). Store large results elsewhere, and return a reference."
-            )
-        record.state, record.result, record.finished = StepState.COMPLETED, result, now
-        record.due, record.error = None, None
-        # What the body loses or fails at counts only while nothing gets done.
-        self.body.lost = self.body.failures = 0
-        self.body.error = None
-        self._open.pop(record.key, None)
-        self._add_done(record)
+        with self._lock:
+            if self._is_over(len(result)):
+                raise PayloadTooLargeError(
+                    f"A result of {len(result):,} bytes would bring the run's journal to "
+                    f"{self._size() + len(result):,} bytes, over the limit of {self.max_bytes:,} (2 MB with the "
+                    f"params). Store large results elsewhere, and return a reference."
+                )
+            record.state, record.result, record.finished = StepState.COMPLETED, result, now
+            record.due, record.error = None, None
+            # What the body loses or fails at counts only while nothing gets done.
+            self.body.lost = self.body.failures = 0
+            self.body.error = None
+            if self._open.pop(record.key, None) is not None:
+                self._open_bytes -= _open_bytes(record.key)
+            self._add_done(record)
 
     def reopen(self, redo: Iterable[str] = ()) -> Journal:
         """A journal for another try: steps that failed, and those to ``redo``, start anew; all other results stay.
@@ -222,12 +241,16 @@ class Journal:
             if record.key in again:
                 continue
             if record.state is StepState.FAILED and record.error and record.error.type == "StepOutcomeUnknownError":
-                fresh._open[record.key] = replace(record)
+                fresh._add_open(replace(record))
             elif record.state in {StepState.RUNNING, StepState.WAITING}:
-                fresh._open[record.key] = replace(record, failures=0, lost=0)
+                fresh._add_open(replace(record, failures=0, lost=0))
             elif record.child is not None:
                 fresh.open(record.key).child = record.child  # it is resumed, too
         return fresh
+
+    def _add_open(self, record: StepRecord) -> None:
+        self._open[record.key] = record
+        self._open_bytes += _open_bytes(record.key)
 
     def _add_done(self, record: StepRecord) -> None:
         result = record.result or b""
@@ -241,8 +264,9 @@ class Journal:
         self._done_bytes += len(fragment.encode()) + 1
 
     def snapshot(self) -> Snapshot:
-        header = f'{self._rest()[:-1]},"done":[{",".join(self._done_header)}]}}'
-        return Snapshot(header.encode(), bytes(self._results), cancelled=self.cancel_reason is not None)
+        with self._lock:
+            header = f'{self._rest()[:-1]},"done":[{",".join(self._done_header)}]}}'
+            return Snapshot(header.encode(), bytes(self._results), cancelled=self.cancel_reason is not None)
 
     def _rest(self) -> str:
         """The header, but for the finished steps. However many fail at once, it does not grow past all bounds."""
@@ -309,13 +333,16 @@ class Journal:
         for step in fields["done"]:
             journal._index(StepRecord.from_json(step))
         for step in fields["open"]:
-            record = StepRecord.from_json(step)
-            journal._open[record.key] = record
+            journal._add_open(StepRecord.from_json(step))
         return journal
 
 
 def _is_group(error: BaseException) -> bool:
     return isinstance(error, BaseExceptionGroup)
+
+
+def _open_bytes(key: str) -> int:
+    return 2 * len(_dumps(key).encode()) + _OPEN_BYTES  # it may stand in `cancelled_at`, too
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio.contrib.pydantic import pydantic_data_converter
 
 from temporal_async_task.engine.body import bind_body
-from temporal_async_task.engine.journal import Journal, Snapshot
+from temporal_async_task.engine.journal import Journal
 from temporal_async_task.engine.outcome import Completed, Failed, RunSettings
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.values import PayloadValues, return_type
 from temporal_async_task.steps import step_var
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from concurrent.futures import Future
+
     from temporal_async_task.registry import TaskDefinition
+
+T = TypeVar("T")
 
 
 class _Memory:
     """A carrier that keeps nothing: there is no attempt after this one."""
 
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
     def now(self) -> float:
         return time.time()
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work(*args), self._loop)  # there is no other
+
+    async def checkpoint(self) -> None:
         pass
 
     async def find_event(self, key: str) -> bytes | None:  # noqa: ARG002
         return None
 
-    def note(self, snapshot: Snapshot) -> None:
+    def note(self) -> None:
         pass
 
 
@@ -54,7 +66,7 @@ async def run_here(task: TaskDefinition, params: Any) -> Any:
     outcome = await runner.run(bind_body(task.function, (params,) if task.takes_params else (), runner))
     match outcome:
         case Completed(result):
-            return await values.decode(result, task.result_type)
+            return values.convert(await values.unseal(result), task.result_type)
         case Failed(error):
             raise error
         case _:

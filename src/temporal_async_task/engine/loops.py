@@ -1,7 +1,8 @@
 """Where the user's code runs: an event loop and threads of its own, apart from those that talk to the server.
 
-So a blocking call in a task's async code stops neither the heartbeats nor the polling of its worker. It does stop the
-other async code on that loop; the watch finds it, and says which task, and where.
+So a blocking call in a task's async code stops neither the heartbeats nor the polling of its worker, nor what the
+engine does by itself. It does stop the other async code on that loop; the watch finds it, and says which task, and
+where; what has not begun there yet begins elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from temporalio import activity
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("temporal_async_task")
 
 STALL = 0.25
 """Seconds for which code may hold an event loop before it is reported, and nothing more is begun there."""
+_SLOW = 1.0  # seconds after which a loop counts as blocked, though no line of the application's is seen to do it
 _WATCH_INTERVAL = 0.1
 _NOT_USERS = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _numbers = itertools.count(1)
@@ -83,6 +85,11 @@ class UserLoop:
             )
         return stalled
 
+    def is_blocked(self) -> bool:
+        """Whether code holds the loop, and it is not just the machine that is slow."""
+        stalled = self.check()
+        return stalled > STALL and (self._reported or stalled > _SLOW)
+
     def _answer(self) -> None:
         self._asked = self._reported = False
 
@@ -119,26 +126,64 @@ class UserLoops:
 
     def __init__(self) -> None:
         self._loops = [UserLoop()]
+        self._sync = UserLoop()
+
+    def for_sync_code(self) -> UserLoop:
+        """A loop for attempts whose code runs in threads alone: nobody's async code can hold them up there."""
+        return self._sync
 
     def pick(self) -> UserLoop:
         """A loop that answers."""
         for loop in self._loops:
-            if loop.check() < STALL:
+            if not loop.is_blocked():
                 return loop
         self._loops.append(UserLoop())
         return self._loops[-1]
 
+    async def run(self, make: Callable[[UserLoop], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine on a loop that answers, made for that loop; on another if it cannot begin there."""
+        while True:
+            loop = self.pick()
+            start = _Start(make, loop)
+            running = asyncio.wrap_future(loop.run(start.run()))
+            while not running.done() and not start.is_taken:
+                await asyncio.wait((running,), timeout=STALL)
+                if not start.is_taken and loop.is_blocked() and start.take():
+                    break
+            else:
+                return cast("T", await running)
+
     async def watch(self) -> None:
         """Report code that blocks a loop. Runs on the SDK's loop, for as long as there is something to watch."""
         while True:
-            for loop in self._loops:
+            for loop in (*self._loops, self._sync):
                 loop.check()
             await asyncio.sleep(_WATCH_INTERVAL)
 
     def stop(self) -> None:
         """Stop all loops."""
-        for loop in self._loops:
+        for loop in (*self._loops, self._sync):
             loop.stop()
+
+
+class _Start(Generic[T]):
+    """Something to be begun once: on the loop to which it was given, or elsewhere."""
+
+    def __init__(self, make: Callable[[UserLoop], Coroutine[Any, Any, T]], loop: UserLoop) -> None:
+        self._make = make
+        self._loop = loop
+        self._once = threading.Lock()
+
+    @property
+    def is_taken(self) -> bool:
+        return self._once.locked()
+
+    def take(self) -> bool:
+        """Whether it is the caller's to begin."""
+        return self._once.acquire(blocking=False)
+
+    async def run(self) -> T | None:
+        return await self._make(self._loop) if self.take() else None
 
 
 class DaemonThreads(concurrent.futures.Executor):

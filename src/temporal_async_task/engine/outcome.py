@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from temporal_async_task.engine.journal import Snapshot
+    from collections.abc import Callable, Coroutine
+    from concurrent.futures import Future
+
     from temporal_async_task.retry import RetryPolicy
+
+T = TypeVar("T")
 
 IN_PLACE = 0.9
 """Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second. It is a little
@@ -55,9 +59,26 @@ Outcome = Completed | Failed | Parked | Cancelled | Superseded
 class Values(Protocol):
     """Encodes and decodes what the user's code passes around."""
 
-    async def encode(self, value: Any) -> bytes: ...
+    def serialise(self, value: Any) -> Any:
+        """The value by the application's converter, whose code may take its time: made where the call was made."""
+        ...
 
-    async def decode(self, data: bytes, type_hint: Any) -> Any: ...
+    async def seal(self, plain: Any) -> bytes:
+        """What ``serialise`` has made as it is stored: by the codec, and by the store of large values."""
+        ...
+
+    async def unseal(self, data: bytes) -> Any:
+        """What ``seal`` was given."""
+        ...
+
+    def convert(self, plain: Any, type_hint: Any, /) -> Any:
+        """The value of what ``serialise`` has made."""
+        ...
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether ``seal`` and ``unseal`` do anything that may take time, or fail, or belong to an event loop."""
+        ...
 
 
 class Carrier(Protocol):
@@ -67,8 +88,15 @@ class Carrier(Protocol):
         """Seconds since the epoch, by a clock that all attempts of the run share."""
         ...
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
-        """Make the journal durable; it is when this returns.
+    def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        """Do work of the engine's on an event loop that no user's code can hold up. Called in any thread.
+
+        What has not ended with the attempt is cancelled.
+        """
+        ...
+
+    async def checkpoint(self) -> None:
+        """Make the journal durable, as it is now; it is when this returns. Called ``apart``.
 
         Never raises: an attempt that may not write any more is told by ``Runner.supersede()``, and this does not
         return.
@@ -79,8 +107,8 @@ class Carrier(Protocol):
         """An event that has come since the attempt began."""
         ...
 
-    def note(self, snapshot: Snapshot) -> None:
-        """Make the journal durable some time soon."""
+    def note(self) -> None:
+        """Make the journal durable some time soon. Called in any thread."""
         ...
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import logging
 import math
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, lost, recorded_failure
+from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, is_async
+from temporal_async_task.engine.failures import lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
+from temporal_async_task.engine.landing import Landing
 from temporal_async_task.engine.unwind import Unwind, scope
 from temporal_async_task.errors import (
     AsyncTaskError,
@@ -51,6 +56,20 @@ async def _status_of(child: ChildTask, task_id: str) -> TaskResult[Any] | None:
 def _child_pause(looks: int) -> float:
     """Seconds until a child is looked at again: soon at first, for those that are quick."""
     return float(min(0.25 * 2 ** min(looks, 10), 15.0))
+
+
+def _landed(call: Callable[[], Any], land: Callable[[Any], None]) -> Any:
+    """Make a sync call, and send its result on its way."""
+    result = call()
+    if not inspect.isawaitable(result):
+        land(result)
+    return result
+
+
+def _unfit(error: Exception) -> Future[None]:
+    landed: Future[None] = Future()
+    landed.set_exception(error)
+    return landed
 
 
 class Runner(Attempt):
@@ -239,17 +258,24 @@ class Runner(Attempt):
             )
         while True:
             await self._begin(call, record)
+            landing = Landing()
             try:
-                value = await self._call(call, record)
+                value = await self._call(call, record, functools.partial(self._land, landing, record))
             except (Unwind, asyncio.CancelledError):
-                if not call.options.at_most_once:  # its outcome is unknown now, and stays so
+                # Whatever becomes of the body: what was paid for goes into the journal.
+                if (landed := landing.leave()) is not None:
+                    self._follow(landed)
+                elif not call.options.at_most_once:  # its outcome is unknown now, and stays so
                     record.state = StepState.RETRYING
                 raise
             except Exception as error:
-                await self._failed(call, record, policy, error)
-            else:
-                await self._finish(record, value)
-                return
+                # Its timeout may come while the event loop is blocked, and be seen after the result.
+                if landing.leave() is None:
+                    await self._failed(call, record, policy, error)
+                    continue
+                value = None
+            await self._finish(record, value, landing.landed)
+            return
 
     async def _begin(self, call: StepCall, record: StepRecord) -> None:
         """Wait for the step's turn, and note that its call is being made."""
@@ -269,7 +295,7 @@ class Runner(Attempt):
             record.started = self._carrier.now()
         return record.started
 
-    async def _call(self, call: StepCall, record: StepRecord) -> Any:
+    async def _call(self, call: StepCall, record: StepRecord, land: Callable[[Any], None] | None = None) -> Any:
         timeout = call.options.timeout or self.settings.step_timeout
         limit = asyncio.timeout(timeout)
         token = step_var.set(self._step_info(call.key, record))
@@ -277,7 +303,7 @@ class Runner(Attempt):
         own = scope.set(None)
         try:
             async with limit:
-                return await self.make_call(call)
+                return await self.make_call(call, land)
         except TimeoutError as error:
             if limit.expired():
                 raise TimeoutError(f"no answer within the step's timeout of {timeout} s") from error
@@ -290,37 +316,59 @@ class Runner(Attempt):
             scope.reset(own)
             step_var.reset(token)
 
-    async def make_call(self, call: StepCall) -> Any:
-        """Make a step's call. Overridden in tests, to script it."""
-        return await self.invoke(call.call, *call.args, **call.kwargs)
+    async def make_call(self, call: StepCall, land: Callable[[Any], None] | None) -> Any:
+        """Make a step's call. Overridden in tests, to script it.
 
-    async def _finish(self, record: StepRecord, value: Any) -> None:
-        record.calls += 1
-        # Whatever becomes of the body meanwhile: what was paid for goes into the journal.
-        recording = self._engine_task(self._record(record, value))
-        self._recording.add(recording)
-        recording.add_done_callback(self._recording.discard)
+        Args:
+            call: The call.
+            land: To be given a sync call's result, in its thread.
+        """
+        made = functools.partial(call.call, *call.args, **call.kwargs)
+        if land is None or is_async(call.call):
+            return await self.invoke(made)
+        return await self.invoke(_landed, made, land)
+
+    def _land(self, landing: Landing, record: StepRecord, value: Any) -> None:
+        """Send a result on its way into the journal, in the thread of its call."""
+        landing.begin(self._ready_to_land(record, value))
+
+    def _ready_to_land(self, record: StepRecord, value: Any) -> Callable[[], Future[None]]:
         try:
-            await asyncio.shield(recording)
+            plain = self._values.serialise(value)
+        except ResultError as unfit:
+            record.calls += 1
+            return functools.partial(_unfit, unfit)
+        return functools.partial(self._apart, self._record, record, plain)
+
+    async def _record(self, record: StepRecord, plain: Any) -> None:
+        record.calls += 1
+        result = await self._patiently(lambda: self._values.seal(plain))
+        self.journal.complete(record, result, self._carrier.now())
+        await self._carrier.checkpoint()
+
+    async def _finish(self, record: StepRecord, value: Any, landed: Future[None] | None = None) -> None:
+        """See a call's result into the journal, if it is not ``landed`` or on its way there."""
+        landed = landed or self._ready_to_land(record, value)()
+        self._drop_note()
+        try:
+            await asyncio.shield(self._follow(landed))
         except (PayloadTooLargeError, ResultError) as error:
             info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)
-        await self._save(record)
-
-    async def _record(self, record: StepRecord, value: Any) -> None:
-        result = await self._patiently(lambda: self._values.encode(value))
-        self.journal.complete(record, result, self._carrier.now())
+        await self._saved(record)
 
     async def _complete(self, record: StepRecord, result: bytes) -> None:
         self.journal.complete(record, result, self._carrier.now())
-        await self._save(record)
-
-    async def _save(self, record: StepRecord) -> None:  # noqa: ARG002 - tests lose the worker after a step of theirs
         await self._checkpoint()
+        await self._saved(record)
+
+    async def _saved(self, record: StepRecord) -> None:
+        """A step is in the journal, and durable. Tests lose the worker here."""
 
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
         try:
-            return await self._patiently(lambda: self._values.decode(record.result or b"", hint))
+            plain = await self._through_codec(self._values.unseal, record.result or b"")
+            return self._values.convert(plain, hint)
         except ResultError as error:
             # The result itself is in the journal, and stays.
             raise ResultError(f"Step {record.key!r}: {error}") from error

@@ -55,12 +55,20 @@ class PayloadValues:
         self._converter = converter.with_context(WorkflowSerializationContext(namespace=namespace, workflow_id=task_id))
 
     async def to_payload(self, value: Any) -> Payload:
-        """The payload of a value.
+        """The payload of a value, as it is stored.
 
         Raises:
             ResultError: It cannot be serialised.
             PayloadTooLargeError: It is larger than the server takes.
             Exception: What the codec or the external storage raises; it says nothing of the value.
+        """
+        return await self._sealed(self.serialise(value))
+
+    def serialise(self, value: Any) -> Payload:
+        """The payload of a value, before codec and external storage.
+
+        Raises:
+            ResultError: It cannot be serialised.
         """
         try:
             [plain] = self._converter.payload_converter.to_payloads([value])
@@ -68,6 +76,18 @@ class PayloadValues:
             raise ResultError(
                 f"a value of type {_name(type(value))} cannot be serialised: {type(error).__name__}: {error}"
             ) from error
+        return plain
+
+    async def seal(self, plain: Payload) -> bytes:
+        """What ``serialise`` has made, by codec and external storage, in bytes.
+
+        Raises:
+            PayloadTooLargeError: It is larger than the server takes.
+            Exception: What the codec or the external storage raises; it says nothing of the value.
+        """
+        return (await self._sealed(plain)).SerializeToString()
+
+    async def _sealed(self, plain: Payload) -> Payload:
         [payload] = await self._converter.encode([RawValue(plain)])
         if payload.ByteSize() > MAX_PAYLOAD:
             raise PayloadTooLargeError(
@@ -109,13 +129,18 @@ class PayloadValues:
             ) from error
         return value
 
-    async def encode(self, value: Any) -> bytes:
-        """As ``to_payload``, in bytes."""
-        return (await self.to_payload(value)).SerializeToString()
+    async def unseal(self, data: bytes) -> Payload:
+        """What ``seal`` was given.
 
-    async def decode(self, data: bytes, type_hint: Any = None) -> Any:
-        """As ``from_payload``, from bytes."""
-        return await self.from_payload(Payload.FromString(data), type_hint)
+        Raises:
+            Exception: What the codec or the external storage raises.
+        """
+        return await self.readable(Payload.FromString(data))
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether payloads go through a codec or an external storage."""
+        return self._converter.payload_codec is not None or self._converter.external_storage is not None
 
     async def encode_journal(self, snapshot: Snapshot) -> list[Payload]:
         """A journal's two payloads. The results were encoded one by one, so only the header goes through the codec."""

@@ -7,7 +7,6 @@ that was acknowledged meanwhile.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -59,29 +58,37 @@ class JournalWriter:
         self,
         client: Client,
         task_token: bytes,
+        journal: Callable[[], Snapshot],
         encode: Callable[[Snapshot], Awaitable[Sequence[Payload]]],
+        *,
         interval: float,
         listener: Listener,
     ) -> None:
         self._client = client
         self._token = task_token
+        self._journal = journal
         self._encode = encode
         self._interval = interval
         self._listener = listener
-        self._newest: Snapshot | None = None
-        self._waiters: list[concurrent.futures.Future[None]] = []
+        self._changed = False
+        self._waiters: list[asyncio.Future[None]] = []
         self._wake = asyncio.Event()
         self._last: Sequence[Payload] = ()
 
-    def submit(self, snapshot: Snapshot, written: concurrent.futures.Future[None] | None = None) -> None:
-        """Write this snapshot next. One that comes while a write is under way goes with the next one."""
-        self._newest = snapshot
-        if written is not None:
-            self._waiters.append(written)
+    def note(self) -> None:
+        """Write the journal next. What changes while a write is under way goes with the next one."""
+        self._changed = True
         self._wake.set()
 
+    async def checkpoint(self) -> None:
+        """Write the journal; all that is in it now is durable when this returns."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(written)
+        self.note()
+        await written
+
     async def run(self, resume_with: Sequence[Payload]) -> None:
-        """Write what is submitted, and in between the last again, to show that the attempt is alive.
+        """Write what has changed, and in between the last again, to show that the attempt is alive.
 
         Returns when the server knows the attempt no more.
         """
@@ -94,8 +101,9 @@ class JournalWriter:
 
     async def _write(self) -> None:
         self._wake.clear()
-        snapshot, self._newest = self._newest, None
+        changed, self._changed = self._changed, False
         waiters, self._waiters = self._waiters, []
+        snapshot = self._journal() if changed else None
         if snapshot is not None:
             encode = functools.partial(self._encode, snapshot)
             self._last = await insist(encode, "encode the journal")
@@ -111,7 +119,7 @@ class JournalWriter:
             lambda: service.record_activity_task_heartbeat(request, timeout=_RPC_TIMEOUT), "save the journal"
         )
         for waiter in waiters:
-            if waiter.set_running_or_notify_cancel():  # a body that was cancelled meanwhile does not wait any more
+            if not waiter.done():  # cancelled with what waited for it
                 waiter.set_result(None)
         if snapshot is not None:
             self._listener.saved(snapshot)
