@@ -191,9 +191,8 @@ async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
         task_id = await shoot.submit(CANARY)
     stranger = await app.start(shoot, data_converter=dataclasses.replace(MASKED, payload_codec=Masking(0x33)))
     await app.connect(shoot, data_converter=MASKED)  # whoever asks has the key
-    attempts = 3 if begun else 2
-    run = await status_when(shoot, task_id, lambda run: run.attempt >= attempts or ended(run))
-    assert run.status is not TaskStatus.FAILED
+    run = await status_when(shoot, task_id, lambda run: "another worker" in (run.last_error or "") or ended(run))
+    assert run.status is (TaskStatus.PROCESSING if begun else TaskStatus.PENDING)
     assert run.completed_steps == (("first",) if begun else ())
     await stranger.stop()
     await app.start(shoot, data_converter=MASKED)

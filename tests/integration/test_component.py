@@ -235,7 +235,9 @@ async def test_a_task_that_a_worker_does_not_know_is_not_failed_and_goes_on_once
     await app.connect(greeting)
     task_id = await greeting.submit("patience")
     run = await status_when(greeting, task_id, backs_off)
-    assert run.status is not TaskStatus.FAILED
+    assert run.status is TaskStatus.PENDING
+    assert run.last_error is not None
+    assert run.last_error.startswith("TaskNotRegisteredError: task 'greeting' is not registered on worker '")
     assert await unaware.run("meanwhile") == "meanwhile"
     assert f"Task 'greeting' is not registered on this worker (task queue '{app.queue}')" in caplog.text
     assert "Register it with the component before start()" in caplog.text

@@ -42,7 +42,7 @@ from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.stopping import pause_reason, stop_and_look, unpause
 from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
-from temporal_async_task.errors import ParamsError, ResultError
+from temporal_async_task.errors import ParamsError, ResultError, TaskNotRegisteredError
 
 if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import RecordActivityTaskHeartbeatResponse
@@ -252,7 +252,8 @@ class _Attempt:
                 self._info.task_queue,
                 self.task_id,
             )
-            await self._leave(f"task {self._info.activity_type!r} is not registered on this worker")
+            reason = f"task {self._info.activity_type!r} is not registered on worker {self._client.identity!r}"
+            await self._leave(f"{TaskNotRegisteredError.__name__}: {reason}")
             return
         try:
             journal = await self._read_journal()
@@ -260,7 +261,9 @@ class _Attempt:
         except Exception as error:
             # A codec's key that this worker does not have, a store that it cannot reach: another may.
             logger.exception("Task run %s: it cannot be read here, and is left to another worker", self.task_id)
-            await self._leave(f"the run cannot be read: {error}")
+            await self._leave(
+                f"{type(error).__name__}: the run cannot be read by worker {self._client.identity!r}: {error}"
+            )
             return
         await self._drive(task, journal, params)
 
@@ -380,12 +383,14 @@ class _Attempt:
             # In clear: this worker may have the wrong key.
             details = [wire.nothing_begun(), wire.nothing_begun()]
         details[0].metadata[wire.ATTEMPTS] = str(self._info.attempt).encode()
-        await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details)
+        await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details, wire.ATTEMPT_LEFT)
 
-    async def _give_back(self, reason: str, delay: timedelta, details: Sequence[Payload]) -> None:
+    async def _give_back(
+        self, reason: str, delay: timedelta, details: Sequence[Payload], how: str = wire.ATTEMPT_ENDED
+    ) -> None:
         error = ApplicationError(
             reason,
-            type=wire.ATTEMPT_ENDED,
+            type=how,
             next_retry_delay=max(delay, _SOON),
             category=ApplicationErrorCategory.BENIGN,  # waiting is no error: not logged, not counted as one
         )

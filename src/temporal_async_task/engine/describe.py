@@ -47,14 +47,14 @@ async def running(
         due = min((record.due for record in journal if record.due is not None), default=None)
         return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
     waiting = activity.state not in IN_AN_ATTEMPT
-    if waiting and activity.attempt <= 1 and not held:
-        return _picture(task_id, TaskStatus.PENDING, info, journal)
     next_retry_at = None
     if waiting and activity.HasField("next_attempt_schedule_time"):
         next_retry_at = _time(activity.next_attempt_schedule_time)
-    last_error = _last_error(journal)
-    if last_error is None and activity.last_failure.WhichOneof("failure_info") == "timeout_failure_info":
-        last_error = "WorkerLostError: the worker of the last attempt was lost"
+    lost = await _attempt_lost(activity.last_failure, values)
+    last_error = (waiting and lost) or _last_error(journal) or lost  # an attempt that goes on may have failed at more
+    begun = activity.attempt > 1 and not any(wire.NOTHING_BEGUN in payload.metadata for payload in details)
+    if waiting and not begun and not held:
+        return _picture(task_id, TaskStatus.PENDING, info, journal, next_retry_at=next_retry_at, last_error=last_error)
     return _picture(
         task_id,
         TaskStatus.PROCESSING,
@@ -178,6 +178,18 @@ def _last_error(journal: Journal) -> str | None:
         failing.append(journal.body)
     last = max(failing, key=lambda record: record.due or 0.0, default=None)
     return str(last.error) if last else None
+
+
+async def _attempt_lost(failure: Failure, values: PayloadValues) -> str | None:
+    """Why the last attempt has come to nothing, if that was its worker's fault."""
+    if failure.WhichOneof("failure_info") == "timeout_failure_info":
+        return "WorkerLostError: the worker of the last attempt was lost"
+    if failure.application_failure_info.type != wire.ATTEMPT_LEFT:
+        return None
+    try:
+        return (await values.plain_failure(failure)).message
+    except Exception:  # of a worker with another key
+        return "the last attempt was left to another worker"
 
 
 def _time(stamp: Timestamp) -> datetime:

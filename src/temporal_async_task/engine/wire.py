@@ -44,6 +44,8 @@ NOTHING_BEGUN = "asyncTaskNothingBegun"
 
 ATTEMPT_ENDED = "AttemptEnded"
 """Type of the failure that gives an attempt back."""
+ATTEMPT_LEFT = "AttemptLeft"
+"""Type of the failure that gives an attempt back untouched: its worker could not serve the run."""
 CANCELLED = "TaskCancelledError"
 """Type of the failure that ends a cancelled run."""
 
