@@ -401,6 +401,36 @@ class TestDaemonThreads:
             results([first, last])
         assert made == ["last"]
 
+    async def test_a_call_that_hangs_and_was_left_takes_no_thread_from_the_others(self, blocker: Blocker):
+        with pool(1) as threads:
+            loop = asyncio.get_running_loop()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(loop.run_in_executor(threads, blocker.hold), 0.1)
+            assert await asyncio.wait_for(loop.run_in_executor(threads, str, 1), 5) == "1"
+
+    async def test_calls_that_wait_for_a_thread_get_one_when_those_before_them_are_left(self, blocker: Blocker):
+        with pool(1) as threads:
+            loop = asyncio.get_running_loop()
+            hangs = loop.run_in_executor(threads, blocker.hold)
+            blocker.entered.wait(5)
+            waits = loop.run_in_executor(threads, str, 1)
+            hangs.cancel()
+            assert await asyncio.wait_for(waits, 5) == "1"
+
+    async def test_there_are_no_more_threads_than_before_once_a_call_that_was_left_has_ended(self, blocker: Blocker):
+        with pool(1) as threads:
+            loop = asyncio.get_running_loop()
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(loop.run_in_executor(threads, blocker.hold), 0.05)
+            ours = {loop.run_in_executor(threads, threading.current_thread)}
+            started = {thread for thread in threading.enumerate() if thread.name.startswith("async-task-call-")}
+            assert len(started) >= 4
+            blocker.release()
+            await asyncio.wait(ours)
+            await wait_until(lambda: sum(thread.is_alive() for thread in started) <= 1)
+            assert await asyncio.wait_for(loop.run_in_executor(threads, str, 1), 5) == "1"
+
     def test_arguments_are_passed_on(self):
         with pool(1) as threads:
             assert threads.submit(sorted, [1, 3, 2], reverse=True).result(5) == [3, 2, 1]

@@ -186,43 +186,92 @@ class _Start(Generic[T]):
         return await self._make(self._loop) if self.take() else None
 
 
+class _Call(concurrent.futures.Future[T]):
+    """A call to be made in a thread. Cancelled while it is being made, it is left, and goes on."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        super().__init__()
+        self._leave = leave
+        self._once = threading.Lock()
+        self._is_left = False
+
+    def cancel(self) -> bool:
+        if super().cancel():
+            return True
+        with self._once:
+            if self.running() and not self._is_left:
+                self._is_left = True
+                self._leave()
+        return False
+
+    def make(self, call: Callable[[], T]) -> bool:
+        """Make the call. Returns whether it was left meanwhile."""
+        if not self.set_running_or_notify_cancel():
+            return False
+        try:
+            result = call()
+        except BaseException as error:  # it is raised where the call is awaited
+            with self._once:
+                self.set_exception(error)
+        else:
+            with self._once:
+                self.set_result(result)
+        return self._is_left
+
+
 class DaemonThreads(concurrent.futures.Executor):
     """A pool of daemon threads for sync calls.
 
     The standard pool's threads are joined when the interpreter exits, so one call that hangs would hold the process
-    past its grace period. An idle thread stays for the next call.
+    past its grace period. An idle thread stays for the next call. A call that nobody waits for any more, and that goes
+    on all the same, does not count: however many hang, there are threads for the others.
     """
 
     def __init__(self, max_workers: int) -> None:
         self._max_workers = max_workers
-        self._work: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._work: queue.SimpleQueue[tuple[_Call[Any], Callable[[], Any]] | None]
         self._work = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._count = 0
+        self._left = 0  # of the count: threads whose call was left
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: _Call[T] = _Call(self._leave)
         self._work.put((future, lambda: fn(*args, **kwargs)))
         if not self._idle.acquire(blocking=False):
-            with self._lock:
-                if self._count < self._max_workers:
-                    self._count += 1
-                    name = f"async-task-call-{self._count}"
-                    threading.Thread(target=self._run, name=name, daemon=True).start()
+            self._add_thread()
         return future
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            if self._count - self._left < self._max_workers:
+                self._count += 1
+                name = f"async-task-call-{next(_numbers)}"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def _leave(self) -> None:
+        """A call that is being made is not waited for any more: its thread may never be free again."""
+        with self._lock:
+            self._left += 1
+        if not self._work.empty():
+            self._add_thread()
+
+    def _come_back(self) -> bool:
+        """A call that was left has ended. Whether its thread is one too many now."""
+        with self._lock:
+            self._left -= 1
+            if self._count - self._left > self._max_workers:
+                self._count -= 1
+                return True
+        return False
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
             future, call = item
             del item
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = call()
-                except BaseException as error:  # it is raised where the call is awaited
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
+            if future.make(call) and self._come_back():
+                return
             del future, call
             self._idle.release()
 
