@@ -457,12 +457,16 @@ class Attempt:
         """Make durable what is known now."""
         self._refuse_if_ended()
         self._drop_note()
-        await asyncio.shield(asyncio.wrap_future(self._apart(self._carrier.checkpoint)))
+        await self._wait_for(self._apart(self._carrier.checkpoint))
 
     def _apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
         context = contextvars.copy_context()
         context.run(scope.set, None)  # the engine's own work is not the body's, and is not unwound with it
         return context.run(self._carrier.apart, work, *args)
+
+    async def _wait_for(self, work: Future[T]) -> T:
+        """Wait for work done apart, which goes on whatever becomes of who waits."""
+        return work.result() if work.done() else await asyncio.shield(asyncio.wrap_future(work))
 
     def _follow(self, landed: Future[None]) -> asyncio.Future[None]:
         """See to it that the attempt does not end before this result is in the journal."""
@@ -501,7 +505,7 @@ class Attempt:
         if not self._values.has_codec:
             return await use(value)
         work = functools.partial(self._patiently, functools.partial(use, value))
-        return await asyncio.shield(asyncio.wrap_future(self._apart(work)))
+        return await self._wait_for(self._apart(work))
 
     async def _patiently(self, use: Callable[[], Awaitable[T]]) -> T:
         """Seal or unseal, however often a codec or a store fails on the way: a paid result is at stake."""

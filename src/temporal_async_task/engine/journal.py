@@ -349,5 +349,4 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None or seconds == float("inf") else round(seconds, 3)
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+_dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio.contrib.pydantic import pydantic_data_converter
@@ -18,7 +18,6 @@ from temporal_async_task.steps import step_var
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from concurrent.futures import Future
 
     from temporal_async_task.registry import TaskDefinition
 
@@ -28,14 +27,20 @@ T = TypeVar("T")
 class _Memory:
     """A carrier that keeps nothing: there is no attempt after this one."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-
     def now(self) -> float:
         return time.time()
 
     def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work(*args), self._loop)  # there is no other
+        done: Future[T] = Future()
+        try:
+            work(*args).send(None)
+        except StopIteration as end:
+            done.set_result(end.value)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            raise RuntimeError("There is nothing to wait for here: no codec, no store and no server.")
+        return done
 
     async def checkpoint(self) -> None:
         pass

@@ -351,7 +351,7 @@ class Runner(Attempt):
         landed = landed or self._ready_to_land(record, value)()
         self._drop_note()
         try:
-            await asyncio.shield(self._follow(landed))
+            await (self._wait_for(landed) if landed.done() else asyncio.shield(self._follow(landed)))
         except (PayloadTooLargeError, ResultError) as error:
             info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)

@@ -88,7 +88,9 @@ class PayloadValues:
         return (await self._sealed(plain)).SerializeToString()
 
     async def _sealed(self, plain: Payload) -> Payload:
-        [payload] = await self._converter.encode([RawValue(plain)])
+        payload = plain
+        if self.has_codec:
+            [payload] = await self._converter.encode([RawValue(plain)])
         if payload.ByteSize() > MAX_PAYLOAD:
             raise PayloadTooLargeError(
                 f"A value of {payload.ByteSize():,} bytes is over the limit of {MAX_PAYLOAD:,} bytes (2 MB). Store "
@@ -111,6 +113,8 @@ class PayloadValues:
         Raises:
             Exception: What they raise, as for a key that is not there. It says nothing of the value.
         """
+        if not self.has_codec:
+            return payload
         [raw] = await self._converter.decode([payload], [RawValue])
         return cast("RawValue", raw).payload
 
