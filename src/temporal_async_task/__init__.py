@@ -29,6 +29,7 @@ from temporal_async_task.errors import (
     WorkerLostError,
 )
 from temporal_async_task.retry import RetryPolicy, Verdict
+from temporal_async_task.schedules import ScheduleHandle, TaskSchedule
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 from temporal_async_task.steps import (
     Result,
@@ -63,6 +64,7 @@ __all__ = [
     "RetryPolicy",
     "RetryableError",
     "RunInfo",
+    "ScheduleHandle",
     "ServerUnavailableError",
     "Step",
     "StepFailedError",
@@ -77,6 +79,7 @@ __all__ = [
     "TaskNotFoundError",
     "TaskNotRegisteredError",
     "TaskResult",
+    "TaskSchedule",
     "TaskStatus",
     "TaskTimeoutError",
     "TemporalAsyncTask",

@@ -59,7 +59,7 @@ class StepStatus:
     """The id of the run that it has submitted, if it is a child task."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: before Python 3.12, `TaskResult[str](...)` could not be made with them
 class TaskResult(Generic[T_co]):
     """All that the server knows of a run. Times are aware, in UTC."""
 

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,8 @@ from temporal_async_task import (
     Step,
     StepFailedError,
     StepUsageError,
+    TaskResult,
+    TaskStatus,
     TemporalAsyncTask,
     WaitTimeoutError,
     async_task,
@@ -528,3 +530,10 @@ class TestRegistry:
         for name in ("shot", "Shot"):
             registry.add(async_task(name=name)(product_shot))
         assert len(registry) == 2
+
+
+def test_a_result_can_be_made_with_its_type_named_as_a_test_double_would():
+    run = TaskResult[str](task_id="a", status=TaskStatus.COMPLETED, result="done")
+    assert run.result == "done"
+    with pytest.raises(FrozenInstanceError):
+        run.result = "changed"  # type: ignore[misc]
