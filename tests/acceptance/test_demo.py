@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -33,8 +34,15 @@ def demo(state: Path) -> Iterator[subprocess.Popen[str]]:
     """A small demo. It is asked to stop in the end, for it has processes of its own to stop."""
     command = [sys.executable, str(DEMO / "demo.py"), "--pictures", "3", "--state", str(state)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    # A shell has its background jobs ignore Ctrl-C, and these tests may run in one.
+    terminal = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=terminal,  # noqa: PLW1509 - there are no other threads here
     ) as process:
         try:
             yield process

@@ -1,10 +1,12 @@
 """What the server alone tells of a run: before, while and after it is worked on, with no worker up."""
 
 import asyncio
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from temporalio.client import WorkflowHandle
 
 from support import (
     AT_ONCE,
@@ -88,6 +90,33 @@ async def test_a_run_is_pending_before_any_worker_ever_came(app: App):
     assert before - TICK <= run.created_at <= utc_now() + TICK
     assert run == TaskResult(task_id=task_id, status=TaskStatus.PENDING, created_at=run.created_at)
     assert run.created_at.tzinfo is UTC
+
+
+async def test_a_run_that_waits_for_a_slot_is_pending_and_has_no_next_retry(app: App):
+    begun, go_on = asyncio.Event(), threading.Event()
+
+    async def hold() -> None:
+        begun.set()
+        await asyncio.to_thread(go_on.wait, 30)
+
+    @async_task
+    async def busy() -> None:
+        await step("hold", hold)
+
+    component = await app.start(busy, max_concurrent_tasks=1)
+    first = await busy.submit()
+    await wait_until(begun.is_set)
+    task_id = await busy.submit()
+    handle = component.client.get_workflow_handle(task_id)
+    await wait_until(lambda: has_pending_activity(handle))
+    run = await busy.get_status(task_id)
+    assert run == TaskResult(task_id=task_id, status=TaskStatus.PENDING, created_at=run.created_at)
+    go_on.set()
+    await asyncio.gather(busy.result(first), busy.result(task_id))
+
+
+async def has_pending_activity(handle: WorkflowHandle[Any, Any]) -> bool:
+    return bool((await handle.describe()).raw_description.pending_activities)
 
 
 async def test_a_run_in_a_step_names_it_within_two_seconds(app: App):

@@ -48,7 +48,7 @@ async def running(
         return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
     waiting = activity.state not in IN_AN_ATTEMPT
     next_retry_at = None
-    if waiting and activity.HasField("next_attempt_schedule_time"):
+    if waiting and activity.attempt > 1 and activity.HasField("next_attempt_schedule_time"):
         next_retry_at = _time(activity.next_attempt_schedule_time)
     lost = await _attempt_lost(activity.last_failure, values)
     last_error = (waiting and lost) or _last_error(journal) or lost  # an attempt that goes on may have failed at more
