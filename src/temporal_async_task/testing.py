@@ -42,6 +42,8 @@ from temporal_async_task.errors import TaskCancelledError
 from temporal_async_task.steps import StepCall
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from temporalio.converter import DataConverter
 
     from temporal_async_task.task import TemporalAsyncTask
@@ -380,6 +382,11 @@ class _ScriptedRunner(Runner):
         if script.otherwise is not None:
             return script.otherwise()
         return await super().make_call(call, None)  # it may be lost with its worker, yet
+
+    def is_last(self, call: StepCall, caller: FrameType | None) -> bool:
+        script = self.test.script_of(call.key)
+        # Its worker is lost after its result was saved: so it is, by itself.
+        return super().is_last(call, caller) and not (script and script.losses.get("saved"))
 
     async def _saved(self, record: StepRecord) -> None:
         script = self.test.script_of(record.key)

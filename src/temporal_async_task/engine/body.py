@@ -24,6 +24,7 @@ def bind_body(function: Callable[..., Any], args: tuple[Any, ...], runner: Runne
     if inspect.isgeneratorfunction(function):
         return lambda: _run_generator(function(*args), runner)
     if is_async(function):
+        runner.returns_after(function)
         return functools.partial(function, *args)
     return functools.partial(runner.invoke, function, *args)
 

@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import math
+import sys
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, is_async
 from temporal_async_task.engine.failures import lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
+from temporal_async_task.engine.returning import returning_lines
 from temporal_async_task.engine.unwind import Unwind, scope
 from temporal_async_task.errors import (
     AsyncTaskError,
@@ -35,6 +37,7 @@ from temporal_async_task.steps import ChildTask, StepCall, check_text, child_of,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from types import CodeType, FrameType
 
 logger = logging.getLogger("temporal_async_task")
 
@@ -75,16 +78,31 @@ def _unfit(error: Exception) -> Future[None]:
 class Runner(Attempt):
     """An attempt with its steps: the engine's side of ``steps.StepRunner``."""
 
+    _returning: tuple[CodeType | None, frozenset[int]] = (None, frozenset())
+    _unsaved = False
+
+    def returns_after(self, function: Callable[..., Any]) -> None:
+        """Look at a body for steps after which it returns at once: their results are saved with the run's."""
+        code = getattr(function, "__code__", None)
+        self._returning = code, returning_lines(function) if code else frozenset()
+
     async def step(self, call: StepCall) -> Any:
         """Answer a step from the journal, or make its call. See ``steps.step``."""
+        caller = sys._getframe(1).f_back  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - behind `steps.step`
         if (child := child_of(call.call)) is not None:
             return await self._child(child, call)
         hint = call.options.result_type or self._return_type(call.call)  # refused before the call, if it must be
         with self._in_flight(call.key, "step"):
             record = await self._find(call.key)
             if record.state is not StepState.COMPLETED:
-                await self._drive(call, record)
+                await self._drive(call, record, last=self.is_last(call, caller))
             return await self._answer(record, hint)
+
+    def is_last(self, call: StepCall, caller: FrameType | None) -> bool:
+        """Whether the body itself asks for this step, with nothing else under way, and returns at once after it."""
+        code, lines = self._returning
+        alone = len(self._tasks) == 1 and not call.options.at_most_once
+        return alone and caller is not None and caller.f_code is code and caller.f_lineno in lines
 
     async def _child(self, child: ChildTask, call: StepCall) -> Any:
         """A step that runs another task: submits it once, and looks at it until it has ended."""
@@ -232,6 +250,9 @@ class Runner(Attempt):
             AsyncTaskError: It has failed for good, in this attempt or an earlier one.
         """
         await self._refuse_cancelled_at(key)
+        if self._unsaved:  # the body did not return after all: it has failed, and is run again
+            await self._checkpoint()
+            self._unsaved = False
         record = self.journal.get(key) or self._opened(key)
         if record.state is StepState.FAILED:
             raise self._failure(record)
@@ -248,8 +269,15 @@ class Runner(Attempt):
             return StepRecord(key)  # it will not begin: the cancellation is raised in its place
         return self.journal.open(key)
 
-    async def _drive(self, call: StepCall, record: StepRecord) -> None:
-        """Call until the result is in the journal, or there is no hope of one."""
+    async def _drive(self, call: StepCall, record: StepRecord, *, last: bool) -> None:
+        """Call until the result is in the journal, or there is no hope of one.
+
+        Args:
+            call: The call.
+            record: Its step's.
+            last: The run's outcome comes next, and brings the journal along.
+        """
+        save = not last
         policy = call.options.retry_policy or self.settings.retry_policy
         await self._refuse_cancelled()
         if record.state is StepState.RUNNING and call.options.at_most_once:
@@ -260,7 +288,8 @@ class Runner(Attempt):
             await self._begin(call, record)
             landing = Landing()
             try:
-                value = await self._call(call, record, functools.partial(self._land, landing, record))
+                land = functools.partial(self._land, landing, record, save=save)
+                value = await self._call(call, record, land)
             except (Unwind, asyncio.CancelledError):
                 # Whatever becomes of the body: what was paid for goes into the journal.
                 if (landed := landing.leave()) is not None:
@@ -274,7 +303,7 @@ class Runner(Attempt):
                     await self._failed(call, record, policy, error)
                     continue
                 value = None
-            await self._finish(record, value, landing.landed)
+            await self._finish(record, value, landing.landed, save=save)
             return
 
     async def _begin(self, call: StepCall, record: StepRecord) -> None:
@@ -328,28 +357,32 @@ class Runner(Attempt):
             return await self.invoke(made)
         return await self.invoke(_landed, made, land)
 
-    def _land(self, landing: Landing, record: StepRecord, value: Any) -> None:
+    def _land(self, landing: Landing, record: StepRecord, value: Any, *, save: bool) -> None:
         """Send a result on its way into the journal, in the thread of its call."""
-        landing.begin(self._ready_to_land(record, value))
+        landing.begin(self._ready_to_land(record, value, save=save))
 
-    def _ready_to_land(self, record: StepRecord, value: Any) -> Callable[[], Future[None]]:
+    def _ready_to_land(self, record: StepRecord, value: Any, *, save: bool) -> Callable[[], Future[None]]:
         try:
             plain = self._values.serialise(value)
         except ResultError as unfit:
             record.calls += 1
             return functools.partial(_unfit, unfit)
-        return functools.partial(self._apart, self._record, record, plain)
+        return functools.partial(self._apart, self._record, record, plain, save)
 
-    async def _record(self, record: StepRecord, plain: Any) -> None:
+    async def _record(self, record: StepRecord, plain: Any, save: bool) -> None:  # noqa: FBT001 - for a partial
         record.calls += 1
         result = await self._patiently(lambda: self._values.seal(plain))
         self.journal.complete(record, result, self._carrier.now())
-        await self._carrier.checkpoint()
+        if save:
+            await self._carrier.checkpoint()
 
-    async def _finish(self, record: StepRecord, value: Any, landed: Future[None] | None = None) -> None:
+    async def _finish(
+        self, record: StepRecord, value: Any, landed: Future[None] | None = None, *, save: bool = True
+    ) -> None:
         """See a call's result into the journal, if it is not ``landed`` or on its way there."""
-        landed = landed or self._ready_to_land(record, value)()
+        landed = landed or self._ready_to_land(record, value, save=save)()
         self._drop_note()
+        self._unsaved = not save
         try:
             await (self._wait_for(landed) if landed.done() else asyncio.shield(self._follow(landed)))
         except (PayloadTooLargeError, ResultError) as error:
