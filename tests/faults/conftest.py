@@ -1,0 +1,141 @@
+"""How the fault suite is scaled, what its tests are given, and the table that it ends with.
+
+Each test belongs to a case (``pytest.mark.case(number, name)``), draws its moments from ``chance``, and tells what it
+has counted to ``report``. ``scripts/faults`` runs all cases at full scale; in ``scripts/test`` they are short. The
+environment and not options, which pytest would know only where this directory is named:
+
+FAULTS_SCALE    ``short`` (the default) or ``full``
+FAULTS_SEED     of every random moment; the default is another one each time
+FAULTS_MINUTES  how long the load goes on at full scale
+FAULTS_CASES    numbers or names of cases, between spaces; the default is all
+"""
+
+import os
+import random
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from temporal_async_task.devserver import DevServer
+
+T = TypeVar("T")
+
+COUNTS = "counts"
+CASE = "case"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done."""
+
+    full: bool
+    minutes: float
+
+    def pick(self, short: T, full: T) -> T:
+        return full if self.full else short
+
+
+@dataclass
+class Report:
+    """What a test has counted, for the table."""
+
+    counts: dict[str, object] = field(default_factory=dict)
+
+    def __call__(self, **counts: object) -> None:
+        """Add counts: ``report(kills=100, repeated_calls=3)``. The same name again takes the later value."""
+        self.counts.update(counts)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "case(number, name): the case of the fault suite that a test belongs to")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of this directory whose case was not asked for."""
+    wanted = set(os.environ.get("FAULTS_CASES", "").split())
+    if not wanted:
+        return
+    here = Path(__file__).parent
+    out = [item for item in items if here in item.path.parents and not wanted & set(map(str, case_of(item)))]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
+def case_of(item: pytest.Item) -> tuple[int, str]:
+    marker = item.get_closest_marker("case")
+    assert marker is not None, f"{item.nodeid} needs a pytest.mark.case(number, name)"
+    number, name = marker.args
+    return number, name
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    return int(os.environ.get("FAULTS_SEED") or random.randrange(1_000_000))
+
+
+@pytest.fixture(scope="session")
+def scale() -> Scale:
+    return Scale(os.environ.get("FAULTS_SCALE") == "full", float(os.environ.get("FAULTS_MINUTES") or 10))
+
+
+@pytest.fixture
+def chance(seed: int, request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of the test's own, the same for the same seed whatever else runs. A failure shows the seed."""
+    sys.stderr.write(f"FAULTS_SEED={seed}\n")
+    return random.Random(f"{seed} {request.node.name}")
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Iterator[Report]:
+    """Takes what the test has counted; shown for a test that failed, too."""
+    report = Report()
+    yield report
+    request.node.user_properties.append((COUNTS, report.counts))
+
+
+@pytest.fixture(autouse=True)
+def _case(request: pytest.FixtureRequest) -> None:
+    request.node.user_properties.append((CASE, case_of(request.node)))
+
+
+@pytest.fixture(scope="session")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DevServer]:
+    """In place of the other tests' server: one with a database file, as `app` uses it here."""
+    async with DevServer(db_path=tmp_path_factory.mktemp("server") / "runs.db") as server:
+        yield server
+
+
+@pytest.fixture
+async def own_server(tmp_path: Path) -> AsyncIterator[DevServer]:
+    """A server with a database file that the test may kill and start again."""
+    async with DevServer(db_path=tmp_path / "runs.db", log_path=tmp_path / "server.log") as server:
+        yield server
+
+
+# The table ------------------------------------------------------------------------------------------------
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table: a line for each test, and what it has counted."""
+    rows = []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for result in terminalreporter.getreports(outcome):
+            properties = dict(result.user_properties)
+            if CASE in properties and (result.when == "call" or outcome != "passed"):
+                rows.append((tuple(properties[CASE]), outcome, result, properties.get(COUNTS, {})))
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    rows.sort(key=lambda row: row[0])
+    for (number, name), outcome, result, counts in rows:
+        held = "held" if outcome == "passed" else outcome.upper()
+        sentence = result.nodeid.split("::")[-1].removeprefix("test_").replace("_", " ")
+        terminalreporter.write_line(f"{number:>4}  {name:<10}  {held:<6}  {result.duration:>6.1f} s  {sentence}")
+        told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
+        for line in textwrap.wrap(told, 86):
+            terminalreporter.write_line(" " * 34 + line)
