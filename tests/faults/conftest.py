@@ -10,6 +10,7 @@ FAULTS_MINUTES  how long the load goes on at full scale
 FAULTS_CASES    numbers or names of cases, between spaces; the default is all
 """
 
+import contextlib
 import os
 import random
 import sys
@@ -17,10 +18,12 @@ import textwrap
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
+from faults.vendor import Vendor
+from support import App, WorkerProcess
 from temporal_async_task.devserver import DevServer
 
 T = TypeVar("T")
@@ -91,11 +94,11 @@ def chance(seed: int, request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Iterator[Report]:
+def report(request: pytest.FixtureRequest) -> Report:
     """Takes what the test has counted; shown for a test that failed, too."""
     report = Report()
-    yield report
     request.node.user_properties.append((COUNTS, report.counts))
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,28 @@ async def own_server(tmp_path: Path) -> AsyncIterator[DevServer]:
     """A server with a database file that the test may kill and start again."""
     async with DevServer(db_path=tmp_path / "runs.db", log_path=tmp_path / "server.log") as server:
         yield server
+
+
+@pytest.fixture
+async def vendor(tmp_path: Path) -> AsyncIterator[Vendor]:
+    """The API that the worker processes call: the judge."""
+    async with Vendor(tmp_path / "calls") as vendor:
+        yield vendor
+
+
+class StartWorker(Protocol):
+    def __call__(self, program: str, app: App, **env: str) -> WorkerProcess: ...
+
+
+@pytest.fixture
+def start_worker(vendor: Vendor) -> Iterator[StartWorker]:
+    """Starts worker processes that know where the API is; they end with the test."""
+    with contextlib.ExitStack() as processes:
+
+        def start(program: str, app: App, **env: str) -> WorkerProcess:
+            return processes.enter_context(WorkerProcess(program, app, VENDOR_URL=vendor.url, **env))
+
+        yield start
 
 
 # The table ------------------------------------------------------------------------------------------------

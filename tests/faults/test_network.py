@@ -1,0 +1,156 @@
+"""Workers that are cut off, or frozen, and come back when another has taken over."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from faults.conftest import Report, Scale, StartWorker
+from faults.proxy import Proxy
+from faults.vendor import Vendor, expected, order
+from support import NEVER_AGAIN, App, WorkerProcess, status_when, work
+from temporal_async_task import TaskStatus, TemporalAsyncTask, step
+
+pytestmark = pytest.mark.case(5, "network")
+HEARTBEAT = 2.0
+STEPS = ("first", "second", "third", "fourth")
+
+
+def fragile_task(name: str = "fragile") -> TemporalAsyncTask[str, list[str]]:
+    """Four steps; ``params`` is the one that waits for the test."""
+
+    async def fragile(held: str) -> list[str]:
+        return [await step(held if held.startswith(key) else key, order) for key in STEPS]
+
+    return TemporalAsyncTask(name, fragile, retry_policy=NEVER_AGAIN, heartbeat_timeout=HEARTBEAT)
+
+
+class Cut:
+    """What happens to the first worker, and its end."""
+
+    def __init__(self, proxy: Proxy, worker: WorkerProcess) -> None:
+        self.proxy = proxy
+        self.worker = worker
+
+    def both_ways(self) -> None:
+        self.proxy.hold()
+
+    def connections_broken(self) -> None:
+        self.proxy.cut()
+
+    def way_up(self) -> None:
+        self.proxy.hold(down=False)
+
+    def way_down(self) -> None:
+        self.proxy.hold(up=False)
+
+    def frozen(self) -> None:
+        os.kill(self.worker.pid, signal.SIGSTOP)
+
+    def mend(self) -> None:
+        self.proxy.mend()
+        os.kill(self.worker.pid, signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def cut_off(
+    app: App, vendor: Vendor, start_worker: StartWorker, chance: random.Random, how: Callable[[Cut], None]
+) -> AsyncIterator[tuple[Cut, TemporalAsyncTask[str, list[str]], str, str]]:
+    """A run whose worker is cut off in a step at random: how, the task, the run's id and the step's key."""
+    mine = App(app.address, f"{app.queue}-{chance.getrandbits(32):x}")
+    task = fragile_task()
+    await mine.connect(task)
+    async with Proxy(app.address) as proxy:
+        worker = start_worker(__file__, App(proxy.address, mine.queue))
+        held = f"{chance.choice(STEPS)}-{mine.queue}"
+        vendor.hold(held)
+        task_id = await task.submit(held)
+        await vendor.called(task_id, held, timeout=60)
+        await asyncio.sleep(chance.uniform(0, 1))
+        cut = Cut(proxy, worker)
+        how(cut)
+        try:
+            yield cut, task, task_id, held
+        finally:
+            cut.mend()
+            worker.kill()
+            await mine.stop()
+
+
+@pytest.mark.parametrize("how", [Cut.both_ways, Cut.connections_broken, Cut.way_up, Cut.frozen])
+async def test_a_worker_that_is_back_after_another_took_over_writes_nothing_and_runs_no_further_step(
+    app: App,
+    vendor: Vendor,
+    start_worker: StartWorker,
+    scale: Scale,
+    chance: random.Random,
+    report: Report,
+    how: Callable[[Cut], None],
+):
+    async def one() -> None:
+        async with cut_off(app, vendor, start_worker, chance, how) as (cut, task, task_id, held):
+            start_worker(__file__, App(app.address, task.task_queue))
+            again = await vendor.called(task_id, held, times=2, timeout=60)
+            assert again.pid != cut.worker.pid
+            before_late = len(vendor.calls(task_id))
+            if late_first:
+                cut.mend()
+                vendor.release(held)  # both are answered: the late one, and the one that counts
+            else:
+                vendor.release(held)
+                assert await task.result(task_id, timeout=30) == keys_of(task_id, held)
+                cut.mend()
+            assert await task.result(task_id, timeout=30) == keys_of(task_id, held)
+            ended = await task.get_status(task_id)
+            await asyncio.sleep(3 * HEARTBEAT)
+            assert await task.get_status(task_id) == ended, "the late worker wrote something"
+            assert ended.status is TaskStatus.COMPLETED
+            calls = vendor.calls(task_id)
+            assert [call.key for call in calls].count(held) == 2
+            assert len(calls) == len(STEPS) + 1, "a step was repeated, or skipped"
+            assert {call.pid for call in calls[before_late:]} <= {again.pid}, "the late worker ran another step"
+            assert len({call.idempotency_key for call in vendor.calls(task_id, held)}) == 1
+
+    rounds = scale.pick(1, 8)
+    for number in range(rounds):
+        late_first = number % 2 == 1 if scale.full else chance.random() < 0.5
+        await asyncio.gather(one(), *([one()] if scale.full else []))
+    runs = rounds * (2 if scale.full else 1)
+    report(runs=runs, calls=len(vendor.calls()), made_again=len(vendor.calls()) - runs * len(STEPS))
+
+
+async def test_a_worker_that_hears_nothing_from_the_server_goes_on_when_it_does(
+    app: App, vendor: Vendor, start_worker: StartWorker, scale: Scale, chance: random.Random, report: Report
+):
+    """One way: the server hears what the worker says, and the worker does not know that."""
+
+    async def one() -> None:
+        async with cut_off(app, vendor, start_worker, chance, Cut.way_down) as (cut, task, task_id, held):
+            start_worker(__file__, App(app.address, task.task_queue))
+            await asyncio.sleep(3 * HEARTBEAT)
+            vendor.release(held)
+            await asyncio.sleep(HEARTBEAT)
+            cut.mend()
+            assert await task.result(task_id, timeout=60) == keys_of(task_id, held)
+            made = vendor.count(task_id)
+            assert made.pop(held) <= 2
+            assert set(made.values()) <= {1}
+            assert len(made) == len(STEPS) - 1
+            await status_when(task, task_id, lambda run: run.status is TaskStatus.COMPLETED)
+
+    rounds = scale.pick(1, 8)
+    for _ in range(rounds):
+        await asyncio.gather(*(one() for _ in range(2)))
+    report(runs=2 * rounds, calls=len(vendor.calls()), made_again=len(vendor.calls()) - 2 * rounds * len(STEPS))
+
+
+def keys_of(task_id: str, held: str) -> list[str]:
+    return expected(task_id, *(held if held.startswith(key) else key for key in STEPS))
+
+
+if __name__ == "__main__":
+    work([fragile_task()])

@@ -1,0 +1,195 @@
+"""What a task's code may do wrong: touch the engine's heartbeats, or hold its event loop."""
+
+import asyncio
+import itertools
+import re
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from temporalio import activity
+
+from faults.conftest import Report, StartWorker
+from faults.vendor import Vendor, expected, order, order_blocking
+from support import BY_TIMER, NEVER_AGAIN, App, work
+from temporal_async_task import TaskStatus, TemporalAsyncTask, async_task, current_step, step
+
+HEARTBEAT = 1.0
+BLOCKED = 3 * HEARTBEAT
+MOST_DELAY = 0.5
+"""Seconds by which code that blocks may delay the steps of other tasks."""
+TICKS = 120
+TICK = 0.1
+
+# 6. Heartbeats of the user's own ---------------------------------------------------------------------------
+
+
+def heartbeat() -> str:
+    try:
+        activity.heartbeat("not a journal")
+    except Exception as error:
+        return type(error).__name__
+    return "sent"
+
+
+@pytest.mark.case(6, "heartbeats")
+@pytest.mark.parametrize("where", ["async_step", "sync_step", "body", "thread"])
+async def test_a_heartbeat_by_the_users_code_is_refused_and_does_no_harm(app: App, report: Report, where: str):
+    calls: list[str] = []
+
+    async def count(key: str) -> str:
+        calls.append(key)
+        return key
+
+    async def in_async_step() -> str:
+        return heartbeat()
+
+    def in_thread() -> str:
+        answers: list[str] = []
+        thread = threading.Thread(target=lambda: answers.append(heartbeat()))
+        thread.start()
+        thread.join()
+        return answers[0]
+
+    async def fail_once() -> str:
+        calls.append("fail once")
+        if current_step().attempt == 1:
+            raise ConnectionError("not now")
+        return "at last"
+
+    @async_task(retry_policy=BY_TIMER)
+    async def meddler() -> list[str]:
+        first = await step("first", count, "first")
+        answers = [heartbeat() for _ in range(20) if where == "body"]
+        if where != "body":
+            call = {"async_step": in_async_step, "sync_step": heartbeat, "thread": in_thread}[where]
+            answers = [await step(f"meddle-{number}", call) for number in range(20)]
+        await asyncio.sleep(0.3)  # core's heartbeats, were there any, go out a little later
+        last = await step("last", fail_once)
+        return [first, *set(answers), last]
+
+    await app.start(meddler)
+    task_id = await meddler.submit()
+    assert await meddler.result(task_id, timeout=30) == ["first", "RuntimeError", "at last"]
+    assert calls == ["first", "fail once", "fail once"]
+    assert (await meddler.get_status(task_id)).completed_steps[0] == "first"
+    report(heartbeats_refused=20, steps_repeated=0)
+
+
+# 7. Code that blocks ---------------------------------------------------------------------------------------
+
+
+async def sleep_in_async() -> str:
+    time.sleep(BLOCKED)  # noqa: ASYNC251 - blocking line
+    return "sleep_in_async"
+
+
+async def loop_in_async() -> str:
+    until = time.monotonic() + BLOCKED
+    while time.monotonic() < until:  # blocking line
+        sum(range(1000))  # blocking line
+    return "loop_in_async"
+
+
+async def request_in_async() -> str:
+    return order_blocking(BLOCKED) and "request_in_async"  # blocking line
+
+
+def sleep_in_sync() -> str:
+    time.sleep(BLOCKED)
+    return "sleep_in_sync"
+
+
+def loop_in_sync() -> str:
+    until = time.monotonic() + BLOCKED
+    while time.monotonic() < until:
+        sum(range(1000))
+    return "loop_in_sync"
+
+
+def request_in_sync() -> str:
+    return order_blocking(BLOCKED) and "request_in_sync"
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    call.__name__: call
+    for call in (sleep_in_async, loop_in_async, request_in_async, sleep_in_sync, loop_in_sync, request_in_sync)
+}
+
+
+async def blocker(name: str) -> list[str]:
+    return [await step("before", order), await step(name, CALLS[name]), await step("after", order)]
+
+
+async def ticker_async(_: None) -> int:
+    for number in range(TICKS):
+        await step(f"tick-{number}", order, TICK)
+    return TICKS
+
+
+async def ticker_sync(_: None) -> int:
+    for number in range(TICKS):
+        await step(f"tick-{number}", order_blocking, TICK)
+    return TICKS
+
+
+def task_of(body: Callable[[Any], Any]) -> TemporalAsyncTask[Any, Any]:
+    return TemporalAsyncTask(body.__name__, body, heartbeat_timeout=HEARTBEAT, retry_policy=NEVER_AGAIN)
+
+
+@pytest.mark.case(7, "blocking")
+@pytest.mark.parametrize("shape", ["async", "sync"])
+async def test_code_that_blocks_for_three_heartbeat_timeouts_is_called_once_and_delays_nobody(
+    app: App, vendor: Vendor, start_worker: StartWorker, report: Report, shape: str
+):
+    """The other tasks are under way already, on the same event loop, when the code begins to block."""
+    blocking, tickers = task_of(blocker), [task_of(ticker_async), task_of(ticker_sync)]
+    await app.connect(blocking, *tickers)
+    worker = start_worker(__file__, app)
+    ticking = [await ticker.submit(None) for ticker in tickers]
+    for task_id in ticking:
+        await vendor.called(task_id, "tick-10", timeout=60)
+    names = [name for name in CALLS if name.endswith(shape)]
+    blockers = []
+    for name in names:  # one after the other: each by itself must be harmless
+        task_id = await blocking.submit(name)
+        blockers.append(task_id)
+        assert await blocking.result(task_id, timeout=30) == [*expected(task_id, "before"), name, f"{task_id}/after"]
+    delays = {}
+    for ticker, task_id in zip(tickers, ticking, strict=True):
+        await ticker.result(task_id, timeout=60)
+        begun = [call.begun for call in vendor.calls(task_id)]
+        assert len(begun) == TICKS
+        gaps = [after - before for before, after in itertools.pairwise(begun)]
+        delays[f"{ticker.name}_delayed"] = max(gaps) - statistics.median(gaps)
+    said = worker.errors()
+    report(blocked=f"{len(names)} x {BLOCKED:g} s", **{name: f"{delay:.2f} s" for name, delay in delays.items()})
+    for task_id in blockers:
+        assert set(vendor.count(task_id).values()) == {1}
+        run = await blocking.get_status(task_id)
+        assert (run.status, run.attempt) == (TaskStatus.COMPLETED, 1)
+    if shape == "async":
+        assert_told_of_each(said, names)
+    assert max(delays.values()) < MOST_DELAY
+
+
+def assert_told_of_each(said: str, names: list[str]) -> None:
+    """There is a warning for each call that blocked, with task, step and the line."""
+    source = Path(__file__).read_text().splitlines()
+    lines = {number for number, line in enumerate(source, 1) if line.endswith("blocking line")}
+    warnings = re.findall(r"Blocking code .*", said)
+    for name in names:
+        [warning, *_] = [warning for warning in warnings if f" in {name}" in warning]
+        assert "'blocker'" in warning
+        assert f"'{name}'" in warning, f"the step is not named: {warning}"
+        found = re.search(rf"{re.escape(__file__)}:(\d+) in {name}", warning)
+        assert found is not None, warning
+        assert int(found[1]) in lines, warning
+
+
+if __name__ == "__main__":
+    work([task_of(blocker), task_of(ticker_async), task_of(ticker_sync)])
