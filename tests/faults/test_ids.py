@@ -64,11 +64,17 @@ def submit_in_many_processes() -> None:
         os.waitpid(child, 0)
 
 
+def told(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
 async def answers(app: App, out: Path, count: int, *amounts: int) -> list[dict[str, str]]:
     env = {"OUT": str(out), "COUNT": str(count), "AMOUNTS": json.dumps(amounts), "SUBMIT": "1"}
     with WorkerProcess(__file__, app, **env) as submitters:
         assert await submitters.exit_status(timeout=240) == 0, submitters.errors()
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    found = told(out)
+    assert len(found) == count
+    return found
 
 
 async def executions(client: Client) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from faults.conftest import Report, Scale, StartWorker
 from faults.test_load import resident
-from support import App, CallLog, status_when, wait_until, work
+from support import App, status_when, wait_until, work
 from temporal_async_task import TaskStatus, TemporalAsyncTask, async_task, poll, step
 from temporal_async_task.testing import TaskRun
 

@@ -153,7 +153,7 @@ async def test_code_that_blocks_for_three_heartbeat_timeouts_is_called_once_and_
     ticking = [await ticker.submit(None) for ticker in tickers]
     for task_id in ticking:
         await vendor.called(task_id, "tick-10", timeout=60)
-    names = [name for name in CALLS if name.endswith(shape)]
+    names = [name for name in CALLS if name.endswith(f"_in_{shape}")]
     blockers = []
     for name in names:  # one after the other: each by itself must be harmless
         task_id = await blocking.submit(name)

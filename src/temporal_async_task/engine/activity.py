@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio import activity
@@ -104,9 +104,10 @@ class AttemptActivity:
             has ended by itself.
         """
         info = activity.info()
-        reason = wire.CancelRequest.from_payload(request.payload).reason
+        look = wire.LookRequest.from_payload(request.payload)
         execution = WorkflowExecution(workflow_id=info.workflow_id or "", run_id=info.workflow_run_id or "")
-        journal = await stop_and_look(self.client, execution, wire.PAUSED_TO_CANCEL + reason)
+        now = datetime.fromtimestamp(look.now, UTC)
+        journal = await stop_and_look(self.client, execution, wire.PAUSED_TO_CANCEL + look.reason, now)
         return RawValue(wire.pack([] if journal is None else [Payload(), *journal]))
 
     @activity.defn(dynamic=True)

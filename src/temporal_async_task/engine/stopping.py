@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
     from temporalio.client import Client
 
-_SKEW = timedelta(seconds=5)
-"""By how much the clocks of server and worker may differ."""
+_LATE = timedelta(seconds=5)
+"""By how much a heartbeat may be late before its attempt is taken to be lost."""
 IN_AN_ATTEMPT = {
     PendingActivityState.PENDING_ACTIVITY_STATE_STARTED,
     PendingActivityState.PENDING_ACTIVITY_STATE_PAUSE_REQUESTED,
@@ -36,11 +36,19 @@ IN_AN_ATTEMPT = {
 }
 
 
-async def stop_and_look(client: Client, execution: WorkflowExecution, reason: str) -> Sequence[Payload] | None:
+async def stop_and_look(
+    client: Client, execution: WorkflowExecution, reason: str, now: datetime
+) -> Sequence[Payload] | None:
     """Have the run's activity stop where it stands, and return its journal if no attempt is under way.
 
     Paused, it begins no new attempt. A running one learns of it with its next heartbeat, cancels its body, and
     unpauses the activity as soon as the journal says so; from then on whatever becomes of it, the run is cancelled.
+
+    Args:
+        client: A raw client.
+        execution: The run's workflow.
+        reason: For the pause.
+        now: The server's time, or a little earlier. A worker's clock that is ahead would take every attempt for lost.
 
     Returns:
         The journal's payloads, none if no attempt has written any; None while an attempt is under way, or if the
@@ -62,7 +70,7 @@ async def stop_and_look(client: Client, execution: WorkflowExecution, reason: st
             raise
         return None
     found = await _pending(client, execution)
-    if found is None or (found.state in IN_AN_ATTEMPT and not _is_lost(found)):
+    if found is None or (found.state in IN_AN_ATTEMPT and not _is_lost(found, now)):
         return None
     journal = list(found.heartbeat_details.payloads)
     return [] if any(wire.NOTHING_BEGUN in payload.metadata for payload in journal) else journal
@@ -90,11 +98,11 @@ def _is_told(found: PendingActivityInfo) -> bool:
     return any(wire.CANCELLING in payload.metadata for payload in found.heartbeat_details.payloads[:1])
 
 
-def _is_lost(found: PendingActivityInfo) -> bool:
+def _is_lost(found: PendingActivityInfo, now: datetime) -> bool:
     """Whether the attempt's worker is gone: the server does not time out an attempt while it is paused."""
     last = max(found.last_heartbeat_time.ToDatetime(UTC), found.last_started_time.ToDatetime(UTC))
     patience = found.activity_options.heartbeat_timeout.ToTimedelta() or timedelta(seconds=60)
-    return datetime.now(UTC) - last > patience + _SKEW
+    return now - last > patience + _LATE
 
 
 async def pause_reason(client: Client, execution: WorkflowExecution) -> str | None:

@@ -111,6 +111,15 @@ class CancelRequest(_Message):
 
 
 @dataclass(frozen=True, slots=True)
+class LookRequest(_Message):
+    """Stop the run's activity, and look where it stands."""
+
+    reason: str = ""
+    now: float = 0.0
+    """The server's time, in seconds since the epoch: the worker's own clock may be wrong."""
+
+
+@dataclass(frozen=True, slots=True)
 class EventInput(_Message):
     """Which event is sent; its value follows."""
 

@@ -132,7 +132,7 @@ class TaskWorkflow:
         """Stop the run's activity where it stands; its journal, once no attempt is under way."""
         looking = workflow.start_local_activity(
             wire.COLLECT_ACTIVITY,
-            RawValue(wire.CancelRequest(self._cancel_reason or "").to_payload()),
+            RawValue(wire.LookRequest(self._cancel_reason or "", workflow.now().timestamp()).to_payload()),
             result_type=RawValue,
             start_to_close_timeout=timedelta(seconds=10),
             retry_policy=_LOOKS,
