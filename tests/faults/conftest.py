@@ -64,6 +64,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not wanted:
         return
     here = Path(__file__).parent
+    known = {str(word) for item in items if here in item.path.parents for word in case_of(item)}
+    if unknown := wanted - known:
+        raise pytest.UsageError(f"No such case: {' '.join(sorted(unknown))}. There are: {' '.join(sorted(known))}")
     out = [item for item in items if here in item.path.parents and not wanted & set(map(str, case_of(item)))]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]

@@ -8,42 +8,11 @@ from pathlib import Path
 import pytest
 
 from support import NEVER_AGAIN, App, status_when, wait_until
-from temporal_async_task import RetryPolicy, TaskStatus, async_task, step
+from temporal_async_task import TaskStatus, async_task, step
 
 BLOCKING_LINE = 1 + Path(__file__).read_text().splitlines().index(
     "        time.sleep(2.5)  # noqa: ASYNC251 - this line is to be reported"
 )
-MINUTE = RetryPolicy(initial_delay=60, max_delay=60, jitter=0)
-
-
-async def test_a_fresh_task_is_done_within_2_seconds_while_200_back_off_on_a_worker_with_5_slots(app: App):
-    @async_task(retry_policy=MINUTE)
-    async def stuck(number: int) -> None:
-        raise ConnectionError("the vendor is down")
-
-    @async_task
-    async def fresh(number: int) -> int:
-        return await step("double", double, number)
-
-    async def double(number: int) -> int:
-        return number * 2
-
-    await app.start(stuck, fresh, max_concurrent_tasks=5)
-    ids = await asyncio.gather(*(stuck.submit(number) for number in range(200)))
-
-    async def in_backoff() -> int:
-        runs = await asyncio.gather(*(stuck.get_status(task_id) for task_id in ids))
-        return sum(run.next_retry_at is not None for run in runs)
-
-    await wait_until(lambda: is_true_of(in_backoff(), 200), timeout=40, interval=0.5)
-    begun = time.monotonic()
-    assert await fresh.run(21) == 42
-    assert time.monotonic() - begun < 2
-    assert await in_backoff() == 200
-
-
-async def is_true_of(number, expected: int) -> bool:
-    return await number == expected
 
 
 async def test_blocking_code_in_an_async_step_is_not_called_again_and_is_reported_with_task_and_line(
