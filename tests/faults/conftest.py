@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pytest
+from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 
 from faults.vendor import Vendor
-from support import App, WorkerProcess
+from support import App, WorkerProcess, wait_until
+from temporal_async_task import TemporalAsyncTask
 from temporal_async_task.devserver import DevServer
 
 T = TypeVar("T")
@@ -128,6 +132,22 @@ async def vendor(tmp_path: Path) -> AsyncIterator[Vendor]:
     """The API that the worker processes call: the judge."""
     async with Vendor(tmp_path / "calls") as vendor:
         yield vendor
+
+
+async def polls(app: App, task: TemporalAsyncTask[Any, Any], worker: WorkerProcess) -> None:
+    """Wait until a worker process asks the server for the task's runs: Python has started, and all is imported."""
+    client = (await app.connect(task)).client
+    request = DescribeTaskQueueRequest(
+        namespace="default",
+        task_queue=TaskQueue(name=task.task_queue),
+        task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
+    )
+
+    async def is_there() -> bool:
+        pollers = (await client.workflow_service.describe_task_queue(request)).pollers
+        return any(poller.identity.startswith(f"{worker.pid}@") for poller in pollers)
+
+    await wait_until(is_there, timeout=60, interval=0.1)
 
 
 class StartWorker(Protocol):

@@ -30,7 +30,7 @@ def held_task() -> TemporalAsyncTask[int, None]:
 async def test_many_runs_in_flight_on_one_worker_take_little_memory_each(
     app: App, start_worker: StartWorker, scale: Scale, report: Report
 ):
-    count = scale.pick(200, 5000)
+    count = scale.pick(100, 5000)
     task = held_task()
     await app.connect(task)
     worker = start_worker(__file__, app, SLOTS=str(count + 10), GRACE="0.2")

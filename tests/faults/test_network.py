@@ -81,17 +81,13 @@ async def cut_off(
             await mine.stop()
 
 
-@pytest.mark.parametrize("how", [Cut.both_ways, Cut.connections_broken, Cut.way_up, Cut.frozen])
+HOWS = (Cut.both_ways, Cut.connections_broken, Cut.way_up, Cut.frozen)
+
+
 async def test_a_worker_that_is_back_after_another_took_over_writes_nothing_and_runs_no_further_step(
-    app: App,
-    vendor: Vendor,
-    start_worker: StartWorker,
-    scale: Scale,
-    chance: random.Random,
-    report: Report,
-    how: Callable[[Cut], None],
+    app: App, vendor: Vendor, start_worker: StartWorker, scale: Scale, chance: random.Random, report: Report
 ):
-    async def one() -> None:
+    async def one(how: Callable[[Cut], None], *, late_first: bool) -> None:
         async with cut_off(app, vendor, start_worker, chance, how) as (cut, task, task_id, held):
             start_worker(__file__, App(app.address, task.task_queue))
             again = await vendor.called(task_id, held, times=2, timeout=60)
@@ -106,7 +102,7 @@ async def test_a_worker_that_is_back_after_another_took_over_writes_nothing_and_
                 cut.mend()
             assert await task.result(task_id, timeout=30) == keys_of(task_id, held)
             ended = await task.get_status(task_id)
-            await asyncio.sleep(3 * HEARTBEAT)
+            await asyncio.sleep(2 * HEARTBEAT)
             assert await task.get_status(task_id) == ended, "the late worker wrote something"
             assert ended.status is TaskStatus.COMPLETED
             calls = vendor.calls(task_id)
@@ -115,12 +111,13 @@ async def test_a_worker_that_is_back_after_another_took_over_writes_nothing_and_
             assert {call.pid for call in calls[before_late:]} <= {again.pid}, "the late worker ran another step"
             assert len({call.idempotency_key for call in vendor.calls(task_id, held)}) == 1
 
-    rounds = scale.pick(1, 8)
+    rounds = scale.pick(1, 10)
     for number in range(rounds):
-        late_first = number % 2 == 1 if scale.full else chance.random() < 0.5
-        await asyncio.gather(one(), *([one()] if scale.full else []))
-    runs = rounds * (2 if scale.full else 1)
-    report(runs=runs, calls=len(vendor.calls()), made_again=len(vendor.calls()) - runs * len(STEPS))
+        # What the late worker sends may come while the run goes on, or when it has ended.
+        await asyncio.gather(*(one(how, late_first=(number + place) % 2 == 0) for place, how in enumerate(HOWS)))
+    runs = rounds * len(HOWS)
+    each = {how.__name__: rounds for how in HOWS}
+    report(runs=runs, **each, calls=len(vendor.calls()), made_again=len(vendor.calls()) - runs * len(STEPS))
 
 
 async def test_a_worker_that_hears_nothing_from_the_server_goes_on_when_it_does(
@@ -142,7 +139,7 @@ async def test_a_worker_that_hears_nothing_from_the_server_goes_on_when_it_does(
             assert len(made) == len(STEPS) - 1
             await status_when(task, task_id, lambda run: run.status is TaskStatus.COMPLETED)
 
-    rounds = scale.pick(1, 8)
+    rounds = scale.pick(1, 10)
     for _ in range(rounds):
         await asyncio.gather(*(one() for _ in range(2)))
     report(runs=2 * rounds, calls=len(vendor.calls()), made_again=len(vendor.calls()) - 2 * rounds * len(STEPS))

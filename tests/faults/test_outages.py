@@ -13,8 +13,6 @@ from temporal_async_task import TemporalAsyncTask, step
 from temporal_async_task.devserver import DevServer
 
 pytestmark = pytest.mark.case(4, "outages")
-HEARTBEAT = 15
-"""Seconds; the default."""
 
 
 async def over_a_checkpoint(_: None) -> list[str]:
@@ -29,18 +27,21 @@ async def single_step(_: None) -> str:
     return await order()
 
 
-def all_tasks() -> list[TemporalAsyncTask[None, Any]]:
+def all_tasks(heartbeat_timeout: float = 15) -> list[TemporalAsyncTask[None, Any]]:
     bodies = [over_a_checkpoint, over_a_completion, single_step]
-    return [TemporalAsyncTask(body.__name__, body, retry_policy=NEVER_AGAIN) for body in bodies]
+    return [
+        TemporalAsyncTask(body.__name__, body, retry_policy=NEVER_AGAIN, heartbeat_timeout=heartbeat_timeout)
+        for body in bodies
+    ]
 
 
 @pytest.mark.parametrize("down", [2, 60])
 async def test_a_server_that_is_killed_in_a_step_loses_no_acknowledged_step(
     own_server: DevServer, vendor: Vendor, start_worker: StartWorker, scale: Scale, report: Report, down: int
 ):
-    seconds = scale.pick(min(down, HEARTBEAT + 3), down)
+    heartbeat, seconds = scale.pick((5, min(down, 7)), (15, down))
     app = App(own_server.address, "outages")
-    checkpoint, completion, single = all_tasks()
+    checkpoint, completion, single = all_tasks(heartbeat)
     await app.connect(checkpoint, completion, single)
     start_worker(__file__, app)
     vendor.hold("hold")
@@ -59,7 +60,7 @@ async def test_a_server_that_is_killed_in_a_step_loses_no_acknowledged_step(
     await asyncio.sleep(seconds - min(1.0, seconds / 2))
     await own_server.start()
     back = time.monotonic()
-    within = HEARTBEAT + 30
+    within = heartbeat + 30
     for task, task_id in stepped:
         keys = ("generate", "hold", "upload") if task is checkpoint else ("generate", "hold")
         assert await task.result(task_id, timeout=within) == expected(task_id, *keys)
@@ -74,7 +75,7 @@ async def test_a_server_that_is_killed_in_a_step_loses_no_acknowledged_step(
         assert counts["generate"] == 1
         assert counts["hold"] <= 2
         assert counts.get("upload", 1) == 1
-    if seconds < HEARTBEAT - 5:
+    if seconds < heartbeat / 2:
         assert made_again == 0, "within the heartbeat timeout nothing is repeated"
     await app.stop()
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from faults.conftest import Report, StartWorker
+from faults.conftest import Report, StartWorker, polls
 from faults.vendor import Vendor, expected, order
 from support import App, work
 from temporal_async_task import RetryPolicy, TaskStatus, TemporalAsyncTask, step
@@ -57,10 +57,10 @@ async def test_a_run_whose_worker_is_told_to_stop_five_times_in_a_row_completes_
         call = await vendor.called(task_id, "hold", times=number, timeout=60)
         if number > 1:
             handovers.append(call.begun - gone)
-        await asyncio.sleep(chance.uniform(0, 1))
         # The next stands by, as in a rolling deploy: what is measured is the handover, not how fast Python starts.
         successor = start_worker(__file__, app, GRACE=str(GRACE))
-        await asyncio.sleep(4)
+        await polls(app, task, successor)
+        await asyncio.sleep(chance.uniform(0, 1))
         begun = time.time()
         worker.terminate()
         assert await worker.exit_status(timeout=GRACE + MARGIN) == 0, worker.errors()
@@ -91,8 +91,7 @@ async def test_a_step_that_swallows_its_cancellation_does_not_hold_its_worker_pa
     task_id = await task.submit(None)
     worker = start_worker(__file__, app, GRACE=str(grace))
     await vendor.called(task_id, "hold", timeout=60)
-    start_worker(__file__, app, GRACE=str(GRACE))
-    await asyncio.sleep(4)
+    await polls(app, task, start_worker(__file__, app, GRACE=str(GRACE)))
     begun = time.time()
     for number in range(signals):
         await asyncio.sleep(0.5 * number)
