@@ -24,11 +24,11 @@ WORKERS = 3
 """One of them is never killed: its memory is looked at."""
 
 
-def pair_task() -> TemporalAsyncTask[int, list[str]]:
+def pair_task(heartbeat_timeout: float = 15) -> TemporalAsyncTask[int, list[str]]:
     async def pair(_: int) -> list[str]:
         return [await step(key, order, random.uniform(0.05, 0.2)) for key in STEPS]
 
-    return TemporalAsyncTask("pair", pair, retry_policy=NEVER_AGAIN)
+    return TemporalAsyncTask("pair", pair, retry_policy=NEVER_AGAIN, heartbeat_timeout=heartbeat_timeout)
 
 
 def resident(pid: int) -> float:
@@ -45,10 +45,10 @@ async def test_of_very_many_queued_tasks_none_is_lost_while_workers_are_killed_a
     chance: random.Random,
     report: Report,
 ):
-    count = scale.pick(200, int(TASKS_A_MINUTE * scale.minutes))
-    kill_every, restart_every = scale.pick((3.0, 8.0), (10.0, 60.0))
+    count = scale.pick(100, int(TASKS_A_MINUTE * scale.minutes))
+    kill_every, restart_every = scale.pick((3.0, 5.0), (10.0, 60.0))
     app = App(own_server.address, "load")
-    task = pair_task()
+    task = pair_task(scale.pick(3, 15))
     await app.connect(task)
     ids = await submitted(task, count)
     begun = time.monotonic()
