@@ -60,9 +60,12 @@ async def test_many_runs_in_flight_on_one_worker_take_little_memory_each(
     await asyncio.sleep(scale.pick(0, 60))
     later = resident(worker.pid)
     report(
-        in_flight=count, worker_MB_with_a_fifth=round(before), worker_MB_with_all=round(after), bytes_per_task=round(each),
+        in_flight=count,
+        worker_MB_with_a_fifth=round(before),
+        worker_MB_with_all=round(after),
+        bytes_per_task=round(each),
         worker_MB_a_minute_later=round(later),
-    )  # fmt: skip
+    )
     statuses = await asyncio.gather(*(task.get_status(task_id) for task_id in random.sample(ids, 50)))
     assert all((run.status, run.attempt) == (TaskStatus.PROCESSING, 1) for run in statuses), "one was lost meanwhile"
     assert each < MOST_BYTES

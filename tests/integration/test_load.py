@@ -33,7 +33,7 @@ async def test_blocking_code_in_an_async_step_is_not_called_again_and_is_reporte
     assert await slow_thumbnails.run() == 1
     assert len(calls) == 1
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "slow_thumbnails" in warning
+    assert "task 'slow_thumbnails', step 'resize'" in warning
     assert f"{__file__}:{BLOCKING_LINE} in block" in warning
 
 

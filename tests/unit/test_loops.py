@@ -158,7 +158,7 @@ class TestWatch:
         self, loop: UserLoop, caplog: pytest.LogCaptureFixture
     ):
         async def sleeps() -> None:
-            subprocess.run(["sleep", str(STALL + 0.2)], check=True)  # noqa: ASYNC221 - that is the point
+            subprocess.run(["sleep", str(STALL + 1)], check=True)  # noqa: ASYNC221 - that is the point
 
         blocked = loop.run(sleeps())
         await is_reported(loop)

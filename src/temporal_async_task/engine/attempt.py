@@ -45,7 +45,7 @@ from temporal_async_task.engine.outcome import (
     Superseded,
     Values,
 )
-from temporal_async_task.engine.unwind import Unwind, scope
+from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
     PayloadTooLargeError,
     ResultError,
@@ -112,6 +112,7 @@ class Attempt:
         self.settings = settings
         self.journal = journal
         self.unwinding = False
+        self._place = f"task {settings.task_name!r}"
         self.info = RunInfo(settings.task_id, settings.task_name, settings.attempt, settings.params)
         self._values = values
         self._carrier = carrier
@@ -191,8 +192,7 @@ class Attempt:
         context = contextvars.copy_context()
         context.run(scope.set, self)
         context.run(runner_var.set, cast("StepRunner", self))  # which Runner makes it
-        name = f"task {self.settings.task_name!r}"
-        running = self._body = self._loop.create_task(_awaited(body), context=context, name=name)
+        running = self._body = self._loop.create_task(_awaited(body), context=context)
         running.add_done_callback(self._note_body_done)
         self.adopt(running)
         both = (running, self._ended)
@@ -318,6 +318,7 @@ class Attempt:
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
+        doing[task] = self._place
         task.add_done_callback(self._disown)
 
     def _disown(self, task: asyncio.Task[Any]) -> None:

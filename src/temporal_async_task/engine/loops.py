@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from temporalio import activity
 
-from temporal_async_task.engine.unwind import prepare
+from temporal_async_task.engine.unwind import doing, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -98,7 +98,7 @@ class UserLoop:
             task = asyncio.current_task(self._loop)
         except RuntimeError:
             task = None
-        return task.get_name() if task else "a callback"
+        return doing.get(task, task.get_name()) if task else "a callback"
 
     def _where(self) -> str | None:
         """The innermost source line of the application's own, not of a library; None if there is none.

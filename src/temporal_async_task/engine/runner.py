@@ -19,7 +19,7 @@ from temporal_async_task.engine.failures import lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
 from temporal_async_task.engine.returning import returning_lines
-from temporal_async_task.engine.unwind import Unwind, scope
+from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
     AsyncTaskError,
     DuplicateStepError,
@@ -330,6 +330,9 @@ class Runner(Attempt):
         token = step_var.set(self._step_info(call.key, record))
         # What the call begins is not the attempt's: a task that refreshes a token may serve other runs, too.
         own = scope.set(None)
+        current = asyncio.current_task()
+        if current is not None:
+            doing[current] = f"{self._place}, step {call.key!r}"
         try:
             async with limit:
                 return await self.make_call(call, land)
@@ -344,6 +347,8 @@ class Runner(Attempt):
         finally:
             scope.reset(own)
             step_var.reset(token)
+            if current is not None:
+                doing[current] = self._place
 
     async def make_call(self, call: StepCall, land: Callable[[Any], None] | None) -> Any:
         """Make a step's call. Overridden in tests, to script it.

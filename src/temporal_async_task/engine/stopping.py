@@ -57,13 +57,14 @@ async def stop_and_look(
     found = await _pending(client, execution)
     if found is None:
         return None
-    if found.state in IN_AN_ATTEMPT and _is_told(found):
-        return None
+    ours = found.pause_info.manual.reason.startswith(wire.PAUSED_TO_CANCEL)
     try:
-        if found.paused and not found.pause_info.manual.reason.startswith(wire.PAUSED_TO_CANCEL):
-            await unpause(
-                client, execution, found.activity_id
-            )  # by an operator; a second pause would not change the reason
+        if found.state in IN_AN_ATTEMPT and _is_told(found):
+            if found.paused and ours:  # its worker may be lost before it could: then nobody else does
+                await unpause(client, execution, found.activity_id)
+            return None
+        if found.paused and not ours:  # by an operator; a second pause would not change the reason
+            await unpause(client, execution, found.activity_id)
         await client.workflow_service.pause_activity(_pause(client, execution, found.activity_id, reason), retry=True)
     except RPCError as error:
         if error.status != RPCStatusCode.NOT_FOUND:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 
 class Unwind(BaseException):
@@ -31,6 +32,9 @@ class TaskScope(Protocol):
 scope: ContextVar[TaskScope | None] = ContextVar("scope", default=None)
 """The attempt to which the running code belongs."""
 
+
+doing: WeakKeyDictionary[asyncio.Task[Any], str] = WeakKeyDictionary()
+"""What the asyncio tasks of attempts are at, for people to read."""
 
 _EXITS = (SystemExit, KeyboardInterrupt)
 
