@@ -10,7 +10,10 @@
     ├── ServerUnavailableError      nothing answers at the server's address
     ├── ParamsError                 params that do not fit, or cannot be serialised
     ├── ResultError                 a result that cannot be serialised, or does not fit its annotation
+    │   └── StoredValueLostError    ... or is not in the external storage any more
     ├── PayloadTooLargeError        a value over Temporal's limits, refused before it is sent
+    ├── DecryptionError             a stored value that cannot be decrypted here
+    ├── StorageError                an externally stored value that cannot be written or read
     ├── InvalidKeyError             text that cannot be a name, an id or a step's key
     ├── TaskNotFoundError           no such run of this task
     ├── TaskConflictError           the task id is in use with other params, or in a state that forbids the call
@@ -80,6 +83,27 @@ class PayloadTooLargeError(AsyncTaskError):
     """A value over what Temporal takes (2 MB a payload, 2 MB a run's journal), refused before it is sent.
 
     Store large values elsewhere (a bucket, the data converter's external storage) and pass on a reference.
+    """
+
+
+class StoredValueLostError(ResultError):
+    """An externally stored value is there no more, or is not what was stored.
+
+    Of a step's result: have the step done again, with ``resume(task_id, redo=[key])``.
+    """
+
+
+class DecryptionError(AsyncTaskError):
+    """A stored value cannot be decrypted here: its key is not known, or it is damaged.
+
+    A run is not failed by it. It is left to a worker that has the key.
+    """
+
+
+class StorageError(AsyncTaskError):
+    """The external storage cannot be used just now: its folder is not mounted, it is full, or it is refused.
+
+    A run is not failed by it: its worker tries again, or leaves it to another.
     """
 
 

@@ -258,9 +258,11 @@ def _ask(policy: RetryPolicy, error: BaseException) -> Verdict | None:
         return None
     try:
         opinion = cast("object", policy.classify(error))  # typed, but not every application is type-checked
-    except Exception:
-        # The call's error is what matters, and must not be hidden by a slip in the classifier.
-        logger.exception("RetryPolicy.classify failed on %r; the default rules decide", error)
+    except Exception as slip:
+        # The call's error is what matters, and must not be hidden by a slip in the classifier. What it says is not for
+        # the log, where what is stored is encrypted: neither here, nor as the context of the slip.
+        slip.__suppress_context__ = True
+        logger.exception("RetryPolicy.classify failed on a %s; the default rules decide", type(error).__name__)
         return None
     if opinion is None or isinstance(opinion, Verdict):
         return opinion

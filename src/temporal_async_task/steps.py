@@ -6,6 +6,7 @@ belongs; ``engine/runner.py`` does the work.
 
 from __future__ import annotations
 
+import unicodedata
 import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ def check_text(text: object, what: str) -> str:
         raise InvalidKeyError(
             f"{what} {text[:40]!r}… is {size} bytes long; the limit is {MAX_TEXT_BYTES}. Use a digest of it."
         )
-    if bad := next((char for char in text if ord(char) < 0x20 or ord(char) == 0x7F), None):  # noqa: PLR2004 - ASCII
+    if bad := next((char for char in text if unicodedata.category(char) == "Cc"), None):
         raise InvalidKeyError(f"{what} {text!r:.100} has the control character {bad!r}.")
     return text
 

@@ -23,6 +23,7 @@ from temporal_async_task.errors import (
     ParamsError,
     ResultError,
     ServerUnavailableError,
+    StorageError,
     TaskCancelledError,
     TaskFailedError,
 )
@@ -147,6 +148,10 @@ class TemporalAsyncTask(Generic[P, R]):
         if execution != "workflow":
             raise ConfigError(f"execution={execution!r} is not available; use 'workflow'.")
         self.name = check_text(name, "A task's name")
+        if name.startswith(wire.OWN_PREFIX):
+            raise ConfigError(
+                f"The task name {name!r} is the engine's own, as all that begin with {wire.OWN_PREFIX!r}."
+            )
         self.task_queue = check_text(task_queue, f"The task queue of task {name!r}")
         self.workflow_type = check_text(wire.WORKFLOW_PREFIX + name, f"The workflow type of task {name!r}")
         self.function = task
@@ -269,7 +274,8 @@ class TemporalAsyncTask(Generic[P, R]):
             TaskFailedError: The run failed.
             TaskCancelledError: The run was cancelled.
             TimeoutError: It has not ended in time.
-            ResultError: The result does not fit the function's annotation any more.
+            ResultError: The result does not fit the function's annotation any more, or is not in external storage.
+            StorageError: The external storage, where the result is, cannot be used just now.
             TaskNotFoundError: No run of this task has the id.
         """
         backend = self._connected()
@@ -282,7 +288,8 @@ class TemporalAsyncTask(Generic[P, R]):
                 f"Run {task_id!r} of task {self.name!r} has not ended within {limit} s; it goes on."
             ) from None
         if ended.status is TaskStatus.COMPLETED and ended.error is not None:
-            raise ResultError(f"Run {task_id!r} of task {self.name!r} has completed, but {ended.error}")
+            unreadable = StorageError if ended.error_type == StorageError.__name__ else ResultError
+            raise unreadable(f"Run {task_id!r} of task {self.name!r} has completed, but {ended.error}")
         if ended.status is TaskStatus.COMPLETED:
             return ended.result  # type: ignore[return-value]  # None is a result where R says so
         kind = TaskCancelledError if ended.error_type == wire.CANCELLED else TaskFailedError

@@ -29,6 +29,7 @@ from temporal_async_task.engine import wire
 from temporal_async_task.engine.body import bind_body, is_sync
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
 from temporal_async_task.engine.outcome import (
+    UNREADABLE_DELAY,
     Cancelled,
     Completed,
     Failed,
@@ -40,9 +41,9 @@ from temporal_async_task.engine.outcome import (
 from temporal_async_task.engine.resume import sent_events
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.stopping import pause_reason, stop_and_look, unpause
-from temporal_async_task.engine.values import MAX_PAYLOAD, PayloadValues, return_type
+from temporal_async_task.engine.values import MAX_PAYLOAD, NamedEvents, PayloadValues, return_type
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
-from temporal_async_task.errors import ParamsError, ResultError, TaskNotRegisteredError
+from temporal_async_task.errors import ParamsError, ResultError, StoredValueLostError, TaskNotRegisteredError
 
 if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import RecordActivityTaskHeartbeatResponse
@@ -57,8 +58,6 @@ T = TypeVar("T")
 
 KEEP_ALIVE = 5.0
 """Seconds, at most, between two heartbeats; so long may a running attempt take to learn of a request."""
-UNREADABLE_DELAY = 10.0
-"""Seconds before a run that this worker cannot serve is offered again, to another or to the next deploy."""
 _MAX_FRAMES = 20
 _SOON = timedelta(milliseconds=1)  # zero would be dropped, and the policy's delay taken
 
@@ -156,15 +155,15 @@ class _Attempt:
         details = info.heartbeat_details or args[2:4]
         self._details: list[Payload] = [value.payload for value in details]
         values = [value.payload.SerializeToString() for value in args[4:]]
-        self._events = dict(zip(self._input.events, values, strict=True))
         self.task_id = info.workflow_id or info.activity_id
-        self._values = PayloadValues(owner.converter, info.namespace, self.task_id)
+        self._main_loop = asyncio.get_running_loop()
+        self._values = PayloadValues(owner.converter, info.namespace, self.task_id, self._main_loop)
+        self._events = NamedEvents(self._values, dict(zip(self._input.events, values, strict=True)))
         self._user_loop: UserLoop | None = None
         self._runner: Runner | None = None
         self._requests: list[Callable[[Runner], None]] = []
         self._meeting = threading.Lock()
         self._apart: set[asyncio.Task[Any]] = set()
-        self._main_loop = asyncio.get_running_loop()
         # The server's clock, so that a worker's own may be wrong: due times outlive the attempt.
         self._clock_offset = info.started_time.timestamp() - time.monotonic()
         self._writer: JournalWriter
@@ -202,7 +201,11 @@ class _Attempt:
             self.tell(Runner.drain)
             self._stopping = None  # it may be paused to be cancelled, yet
             return
-        text = reason.removeprefix(wire.PAUSED_TO_CANCEL)
+        try:
+            text = await self._values.unseal_text(reason.removeprefix(wire.PAUSED_TO_CANCEL))
+        except Exception:  # a key that this worker does not have yet
+            logger.exception("Task run %s: the reason of its cancellation cannot be read here", self.task_id)
+            text = ""
         self.tell(lambda runner: runner.cancel(text))
         # The journal says from now on that the run is cancelled. A paused activity has no heartbeat timeout, and with
         # the worker it would be lost: so it is paused no longer than until that is saved.
@@ -236,7 +239,8 @@ class _Attempt:
     async def _find_event(self, key: str) -> bytes | None:
         execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
         events = await insist(lambda: sent_events(self._client, execution), "look for an event")
-        return events[key].SerializeToString() if key in events else None
+        found = events.get(self._values.event_name(key)) or events.get(key)
+        return None if found is None else found.SerializeToString()
 
     def note(self) -> None:
         self._main_loop.call_soon_threadsafe(self._writer.note)
@@ -256,9 +260,14 @@ class _Attempt:
             reason = f"task {self._info.activity_type!r} is not registered on worker {self._client.identity!r}"
             await self._leave(f"{TaskNotRegisteredError.__name__}: {reason}")
             return
+        journal = Journal()
         try:
             journal = await self._read_journal()
+            reason = await self._values.unseal_text(self._input.reason)
             params = await self._values.readable(self._params)
+        except StoredValueLostError as error:
+            await self._report(Failed(ParamsError(f"The params of task {task.name!r}: {error}")), journal)
+            return
         except Exception as error:
             # A codec's key that this worker does not have, a store that it cannot reach: another may.
             logger.exception("Task run %s: it cannot be read here, and is left to another worker", self.task_id)
@@ -266,6 +275,8 @@ class _Attempt:
                 f"{type(error).__name__}: the run cannot be read by worker {self._client.identity!r}: {error}"
             )
             return
+        if self._input.cancelled:
+            journal.cancel_reason = reason
         await self._drive(task, journal, params)
 
     async def _drive(self, task: TaskDefinition, journal: Journal, params: Payload) -> None:
@@ -279,8 +290,6 @@ class _Attempt:
         if journal.started is None:
             journal.started = self.now()
         journal.attempt = journal.earlier + self._info.attempt
-        if self._input.cancelled:
-            journal.cancel_reason = self._input.reason
         settings = RunSettings(
             task_id=self.task_id,
             task_name=task.name,
@@ -291,6 +300,7 @@ class _Attempt:
             timeout=self._input.timeout,
             attempt=journal.attempt,
             params=args[0] if args else None,
+            log_errors=not self._values.encrypts,
         )
         heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
         self._writer = JournalWriter(
@@ -362,7 +372,8 @@ class _Attempt:
             case Cancelled(reason):
                 await self._end(RuntimeError(reason), wire.CANCELLED, journal)
             case Parked(due, _, events) if events:
-                hold = wire.Hold(None if due == float("inf") else due, events)
+                names = tuple(map(self._values.event_name, events))
+                hold = wire.Hold(None if due == float("inf") else due, names)
                 await complete(self._client, token, wire.hold_payload(hold, await self._insist_encode(journal)))
             case Parked(due, reason):
                 delay = timedelta(seconds=max(due - self.now(), 0.0))

@@ -226,10 +226,17 @@ class Attempt:
             try:
                 plain = self._values.serialise(body.result())
                 return Completed(await self._through_codec(self._values.seal, plain))
+            except (PayloadTooLargeError, ResultError) as unfit:
+                return Failed(type(unfit)(f"The result of task {self.settings.task_name!r}: {unfit}"))
             except Exception as unfit:
                 return Failed(unfit)
         if self._cancelled:
-            logger.warning("Task run %s: its cleanup failed", self.settings.task_id, exc_info=error)
+            logger.warning(
+                "Task run %s: its cleanup failed (%s)",
+                self.settings.task_id,
+                type(error).__name__,
+                exc_info=error if self.settings.log_errors else None,
+            )
             return Cancelled(self.journal.cancel_reason or "")
         return self._body_failed(error)
 
@@ -501,15 +508,22 @@ class Attempt:
 
     # Helpers
 
-    async def _through_codec(self, use: Callable[[Any], Coroutine[Any, Any, T]], value: Any) -> T:
+    async def _through_codec(
+        self, use: Callable[[Any], Coroutine[Any, Any, T]], value: Any, tries: int | None = None
+    ) -> T:
         """Seal or unseal a value. A codec or a store is used on one event loop only: it may hold a client of that."""
         if not self._values.has_codec:
             return await use(value)
-        work = functools.partial(self._patiently, functools.partial(use, value))
+        work = functools.partial(self._patiently, functools.partial(use, value), tries)
         return await self._wait_for(self._apart(work))
 
-    async def _patiently(self, use: Callable[[], Awaitable[T]]) -> T:
-        """Seal or unseal, however often a codec or a store fails on the way: a paid result is at stake."""
+    async def _patiently(self, use: Callable[[], Awaitable[T]], tries: int | None = None) -> T:
+        """Seal or unseal, however often a codec or a store fails on the way: a paid result is at stake.
+
+        Args:
+            use: What to do.
+            tries: Give up after so many, where what is at stake is stored.
+        """
         failures = 0
         while True:
             try:
@@ -524,8 +538,10 @@ class Attempt:
                         type(error).__name__,
                         error,
                     )
-                await asyncio.sleep(_CODEC_DELAYS[min(failures, len(_CODEC_DELAYS) - 1)])
                 failures += 1
+                if failures == tries:
+                    raise
+                await asyncio.sleep(_CODEC_DELAYS[min(failures, len(_CODEC_DELAYS)) - 1])
 
     async def invoke(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the user's function: on the event loop if it is async, in a thread if not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import uuid
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, replace
@@ -17,9 +19,10 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.describe import completed, failed, failure_of, running
+from temporal_async_task.engine.digest import digest
 from temporal_async_task.engine.journal import ErrorInfo
 from temporal_async_task.engine.resume import find_remains
-from temporal_async_task.engine.values import PayloadValues, digest
+from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.errors import (
     AsyncTaskError,
     ParamsError,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 MAX_EVENT = 32 * 1024
 """Bytes; what the limit of a journal leaves."""
 _PAGE = 1000
+_UNQUOTABLE = re.compile(r"""['"\\]""")
 _ENDING = 7
 """Events that a run's history has at least when its activity has ended."""
 _RUNNING = {
@@ -78,6 +82,10 @@ class WorkflowBackend:
     def __init__(self, client: Client) -> None:
         self._converter = client.data_converter
         self._client = raw_client(client)
+        try:
+            self._home: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:  # a client that is set before any loop runs
+            self._home = None
 
     @property
     def client(self) -> Client:
@@ -85,7 +93,7 @@ class WorkflowBackend:
         return self._client
 
     def _values(self, task_id: str) -> PayloadValues:
-        return PayloadValues(self._converter, self._client.namespace, task_id)
+        return PayloadValues(self._converter, self._client.namespace, task_id, self._home)
 
     async def start(
         self,
@@ -135,8 +143,9 @@ class WorkflowBackend:
             raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
         except PayloadTooLargeError as error:
             raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
-        fingerprint = digest(plain)
-        return EncodedParams(payload, fingerprint, {wire.MEMO_PARAMS: await values.to_payload(fingerprint)})
+        fingerprint = digest(plain, params)
+        memo = {wire.MEMO_PARAMS: await values.to_payload(fingerprint, inline=True)}
+        return EncodedParams(payload, fingerprint, memo)
 
     async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
         found = await self._describe(task_id)
@@ -190,8 +199,10 @@ class WorkflowBackend:
 
     async def ids(self, task: TaskAddress, query: str) -> AsyncIterator[str]:
         """The ids of a task's runs that a visibility query finds, newest first."""
-        quoted = task.workflow_type.replace("'", "''")
-        clauses = f"WorkflowType = '{quoted}' AND ExecutionStatus != 'ContinuedAsNew'"
+        # The server's SQL stores find no text with quotes or backslashes, however they are escaped.
+        plain = _UNQUOTABLE.split(task.workflow_type, maxsplit=1)[0]
+        comparison = "=" if plain == task.workflow_type else "STARTS_WITH"
+        clauses = f"WorkflowType {comparison} '{plain}' AND ExecutionStatus != 'ContinuedAsNew'"
         seen: set[str] = set()  # a run that was resumed stands there more than once
         pages = self._client.list_workflows(clauses + (f" AND ({query})" if query else ""), page_size=_PAGE)
         try:
@@ -199,7 +210,7 @@ class WorkflowBackend:
                 await pages.fetch_next_page()
                 # The server puts those first that go on, and then those that ended last.
                 for found in sorted(pages.current_page or (), key=lambda run: run.start_time, reverse=True):
-                    if found.id not in seen:
+                    if found.id not in seen and found.workflow_type == task.workflow_type:
                         seen.add(found.id)
                         yield found.id
                 if not pages.next_page_token:
@@ -229,7 +240,7 @@ class WorkflowBackend:
         except RPCError as error:
             raise translated(error, self._client) from error
         header, results = await values.encode_journal(snapshot)
-        finished = {record.key for record in journal.done()}
+        finished = {name for record in journal.done() for name in (record.key, values.event_name(record.key))}
         events = {key: value for key, value in remains.events.items() if key not in finished}
         start = replace(
             remains.start,
@@ -257,6 +268,7 @@ class WorkflowBackend:
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo=memo,
+                priority=_priority(info),
             )
         except WorkflowAlreadyStartedError:
             raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} was resumed by somebody else.") from None
@@ -265,29 +277,36 @@ class WorkflowBackend:
 
     async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
         """Ask for a run's cancellation; nothing happens to one that has ended."""
-        text = ErrorInfo.named("", reason).message
-        await self._signal(task, task_id, wire.SIGNAL_CANCEL, wire.CancelRequest(text).to_payload())
+        text = await self._values(task_id).seal_text(ErrorInfo.named("", reason).message)
+        info = (await self._found(task, task_id)).workflow_execution_info
+        await self._signal(info, wire.SIGNAL_CANCEL, wire.CancelRequest(text).to_payload())
 
     async def send(self, task: TaskAddress, task_id: str, key: str, value: Any) -> None:
         """Send an event to a run."""
+        values = self._values(task_id)
         try:
-            payload = await self._values(task_id).to_payload(value)
+            payload = await values.to_payload(value)
         except ResultError as error:
             raise ParamsError(f"The value of event {key!r} for task {task.name!r}: {error}") from error
+        except PayloadTooLargeError as error:
+            raise PayloadTooLargeError(f"The value of event {key!r} for task {task.name!r}: {error}") from None
         if payload.ByteSize() > MAX_EVENT:
             raise PayloadTooLargeError(
                 f"The value of event {key!r} has {payload.ByteSize():,} bytes; the limit is {MAX_EVENT:,}, so that it "
                 f"fits beside the run's journal. Store large values elsewhere, and send a reference."
             )
-        if not await self._signal(task, task_id, wire.SIGNAL_EVENT, wire.EventInput(key).to_payload(), payload):
+        info = (await self._found(task, task_id)).workflow_execution_info
+        # A run that waits since before there was a codec waits for the key itself.
+        name = key if _is_held_in_clear(info) else values.event_name(key)
+        if not await self._signal(info, wire.SIGNAL_EVENT, wire.EventInput(name).to_payload(), payload):
             raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} has ended; it waits for no event.")
 
-    async def _signal(self, task: TaskAddress, task_id: str, name: str, *args: Payload) -> bool:
+    async def _signal(self, info: WorkflowExecutionInfo, name: str, *args: Payload) -> bool:
         """Signal a run; False if it has ended."""
-        info = (await self._found(task, task_id)).workflow_execution_info
         if info.status not in _RUNNING:
             return False
-        handle = self._client.get_workflow_handle(task_id)  # of a run that goes on in a new history, the last one
+        # Of a run that goes on in a new history, the last one.
+        handle = self._client.get_workflow_handle(info.execution.workflow_id)
         try:
             await handle.signal(name, args=[RawValue(arg) for arg in args])
         except RPCError as error:
@@ -333,6 +352,20 @@ class WorkflowBackend:
         if isinstance(outcome, Payload):
             return await completed(task_id, info, outcome, values, task.result_type)
         return await failed(task_id, found, outcome, values)
+
+
+def _priority(info: WorkflowExecutionInfo) -> Priority:
+    stored = info.priority
+    return Priority(
+        priority_key=stored.priority_key or None,
+        fairness_key=stored.fairness_key or None,
+        fairness_weight=stored.fairness_weight or None,
+    )
+
+
+def _is_held_in_clear(info: WorkflowExecutionInfo) -> bool:
+    held = info.memo.fields.get(wire.MEMO_JOURNAL)
+    return held is not None and held.metadata.get("encoding") == b"json/plain"
 
 
 def raw_client(client: Client) -> Client:

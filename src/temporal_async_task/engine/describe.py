@@ -13,7 +13,7 @@ from temporalio.exceptions import FailureError
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, StepRecord
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT, task_activity
-from temporal_async_task.errors import ResultError
+from temporal_async_task.errors import ResultError, StorageError
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ async def completed(
     outcome: dict[str, Any]
     try:
         outcome = {"result": await values.from_payload(result, result_type)}
-    except ResultError as error:  # the code's annotation has changed since
+    except (ResultError, StorageError) as error:  # the code's annotation has changed since; the object is not there
         outcome = {"error": str(error), "error_type": type(error).__name__}
     return _picture(task_id, TaskStatus.COMPLETED, info, journal, completed_at=_time(info.close_time), **outcome)
 
@@ -97,7 +97,7 @@ async def failed(
         TaskStatus.FAILED,
         info,
         journal,
-        error=plain.message,
+        error=await values.unseal_text(plain.message),
         error_type=error_type,
         completed_at=_time(info.close_time),
     )

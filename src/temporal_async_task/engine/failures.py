@@ -12,6 +12,7 @@ from temporal_async_task.errors import (
     ResultError,
     StepFailedError,
     StepOutcomeUnknownError,
+    StoredValueLostError,
     WaitTimeoutError,
     WorkerLostError,
 )
@@ -42,6 +43,8 @@ def recorded_failure(record: StepRecord) -> AsyncTaskError:
             return PayloadTooLargeError(info.message)
         case "ResultError":
             return ResultError(info.message)
+        case "StoredValueLostError":
+            return StoredValueLostError(info.message)
         case "WorkerLostError":
             return WorkerLostError(record.key, record.calls, info.type, info.message)
         case "StepOutcomeUnknownError":

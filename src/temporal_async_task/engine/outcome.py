@@ -16,6 +16,8 @@ T = TypeVar("T")
 IN_PLACE = 0.9
 """Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second. It is a little
 less than one, because of a wait of one second the first moments have passed when it is looked at."""
+UNREADABLE_DELAY = 10.0
+"""Seconds before a run that this worker cannot serve is offered again, to another or to the next deploy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +134,5 @@ class RunSettings:
     """Whether events from outside can come."""
     attempt: int = 1
     params: Any = None
+    log_errors: bool = True
+    """Whether the log may show what errors say. Not where it is encrypted on the server."""

@@ -18,6 +18,7 @@ from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, is_async
 from temporal_async_task.engine.failures import lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
+from temporal_async_task.engine.outcome import UNREADABLE_DELAY
 from temporal_async_task.engine.returning import returning_lines
 from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
@@ -28,6 +29,7 @@ from temporal_async_task.errors import (
     RetryableError,
     StepFailedError,
     StepUsageError,
+    StorageError,
     TaskFailedError,
     TaskNotFoundError,
 )
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType
 
 logger = logging.getLogger("temporal_async_task")
+
+_READS = 6
+"""Times that a worker tries to read a result, some nine seconds in all, before it leaves the run to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,9 @@ class Runner(Attempt):
             run = await child.get_status(child_id)
             if run.status is TaskStatus.FAILED:
                 raise TaskFailedError(child_id, run.error_type or "Error", run.error or "")
+            if run.status is TaskStatus.COMPLETED and run.error is not None:  # its result cannot be read
+                kind = StorageError if run.error_type == StorageError.__name__ else ResultError
+                raise kind(f"the result of run {child_id!r}: {run.error}")
             return _Ready(run.result) if run.status is TaskStatus.COMPLETED else None
 
         with self._in_flight(call.key, "step"):
@@ -405,11 +413,17 @@ class Runner(Attempt):
 
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
         try:
-            plain = await self._through_codec(self._values.unseal, record.result or b"")
+            plain = await self._through_codec(self._values.unseal, record.result or b"", _READS)
             return self._values.convert(plain, hint)
         except ResultError as error:
             # The result itself is in the journal, and stays.
-            raise ResultError(f"Step {record.key!r}: {error}") from error
+            raise type(error)(f"Step {record.key!r}: {error}") from error
+        except Exception as error:
+            # A codec's key that this worker does not have, a store that it cannot reach: another may.
+            reason = f"the result of step {record.key!r} cannot be read: {type(error).__name__}: {error}"
+            logger.warning("Task run %s is left to another worker: %s", self.settings.task_id, reason)
+            self._end(self._parked(self._carrier.now() + UNREADABLE_DELAY, reason))
+            raise Unwind from error
 
     async def _failed(self, call: StepCall, record: StepRecord, policy: RetryPolicy, error: Exception) -> None:
         record.calls += 1
@@ -424,7 +438,7 @@ class Runner(Attempt):
             "Task run %s: step %r failed (%s), to be called again in %.1f s",
             self.settings.task_id,
             record.key,
-            record.error,
+            record.error if self.settings.log_errors else record.error.type,
             decision.delay,
         )
         if self._active > 1:  # else the attempt ends with it, and carries the journal

@@ -6,11 +6,14 @@ cannot be decoded (a rotated key, a changed class) is the engine's to deal with,
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import binascii
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
-import json
 import sys
 import types
 import typing
@@ -31,6 +34,7 @@ from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import typing_extensions
+from google.protobuf.message import DecodeError
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 from temporalio.api.common.v1 import Payload
@@ -39,30 +43,79 @@ from temporalio.common import RawValue
 from temporalio.converter import DataConverter, WorkflowSerializationContext
 from temporalio.exceptions import ApplicationError, FailureError
 
-from temporal_async_task.engine import wire
+from temporal_async_task.engine import external, wire
 from temporal_async_task.engine.journal import Journal, Snapshot
-from temporal_async_task.errors import ConfigError, PayloadTooLargeError, ResultError, StepUsageError
+from temporal_async_task.errors import (
+    AsyncTaskError,
+    ConfigError,
+    PayloadTooLargeError,
+    ResultError,
+    StepUsageError,
+    StorageError,
+)
 from temporal_async_task.steps import Result
 
 MAX_PAYLOAD = 2 * 1024 * 1024 - 16 * 1024
 """Bytes. The server refuses payloads over 2 MB; the margin is for what is sent around it."""
 
 
+_SEALED = "asyncTaskSealed:"
+"""How a short text of the engine's begins that went through the codec."""
+
+
 class PayloadValues:
-    """Encodes and decodes values for one run, with the application's data converter."""
+    """Encodes and decodes values for one run, with the application's data converter.
 
-    def __init__(self, converter: DataConverter, namespace: str = "default", task_id: str = "") -> None:
-        self._converter = converter.with_context(WorkflowSerializationContext(namespace=namespace, workflow_id=task_id))
+    Args:
+        converter: The application's.
+        namespace: The run's.
+        task_id: The run's.
+        home: The event loop on which external storage is called; by default, the one that asks.
+    """
 
-    async def to_payload(self, value: Any) -> Payload:
-        """The payload of a value, as it is stored.
+    def __init__(
+        self,
+        converter: DataConverter,
+        namespace: str = "default",
+        task_id: str = "",
+        home: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        context = WorkflowSerializationContext(namespace=namespace, workflow_id=task_id)
+        self._task_id = task_id
+        self._stored: dict[bytes, Payload] = {}
+        """What was just stored externally, by its reference: a step's result is asked for once more at once."""
+        storage = converter.external_storage
+        if storage is None:
+            self._inline = self._converter = converter.with_context(context)
+            return
+        bound = external.of_run(storage, namespace, task_id, home)
+        self._converter = dataclasses.replace(converter, external_storage=bound).with_context(context)
+        self._inline = dataclasses.replace(converter, external_storage=None).with_context(context)
+        """For what the status needs: it is kept where the run is, however large."""
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether payloads go through a codec or an external storage."""
+        return self.encrypts or self._converter.external_storage is not None
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether what is stored is not in clear: there is a codec, which mostly encrypts."""
+        return self._converter.payload_codec is not None
+
+    async def to_payload(self, value: Any, *, inline: bool = False) -> Payload:
+        """The payload of a value, as it is stored; of one in external storage, the payload that says where it is.
+
+        Args:
+            value: The value.
+            inline: Without external storage.
 
         Raises:
             ResultError: It cannot be serialised.
-            PayloadTooLargeError: It is larger than the server takes.
+            PayloadTooLargeError: It is larger than the server, or the external storage, takes.
             Exception: What the codec or the external storage raises; it says nothing of the value.
         """
-        return await self._sealed(self.serialise(value))
+        return await self._sealed(self.serialise(value), self._inline if inline else self._converter)
 
     def serialise(self, value: Any) -> Payload:
         """The payload of a value, before codec and external storage.
@@ -82,27 +135,32 @@ class PayloadValues:
         """What ``serialise`` has made, by codec and external storage, in bytes.
 
         Raises:
-            PayloadTooLargeError: It is larger than the server takes.
+            PayloadTooLargeError: It is larger than the server, or the external storage, takes.
             Exception: What the codec or the external storage raises; it says nothing of the value.
         """
-        return (await self._sealed(plain)).SerializeToString()
+        payload = await self._sealed(plain, self._converter)
+        data = payload.SerializeToString()
+        if external.is_reference(payload):
+            self._stored[data] = plain
+        return data
 
-    async def _sealed(self, plain: Payload) -> Payload:
+    async def _sealed(self, plain: Payload, converter: DataConverter) -> Payload:
         payload = plain
         if self.has_codec:
-            [payload] = await self._converter.encode([RawValue(plain)])
+            [encoded] = await converter.encode([RawValue(plain)])
+            payload = external.opaque(encoded)
         if payload.ByteSize() > MAX_PAYLOAD:
             raise PayloadTooLargeError(
                 f"A value of {payload.ByteSize():,} bytes is over the limit of {MAX_PAYLOAD:,} bytes (2 MB). Store "
-                f"large values elsewhere, and pass on a reference."
+                f"large values elsewhere (external storage), and pass on a reference."
             )
         return payload
 
     async def from_payload(self, payload: Payload, type_hint: Any = None) -> Any:
-        """The value of a payload.
+        """The value of a payload, fetched if it is in external storage.
 
         Raises:
-            ResultError: It does not fit ``type_hint``.
+            ResultError: It does not fit ``type_hint``; or it was stored externally, and is not there any more.
             Exception: What the codec or the external storage raises.
         """
         return self.convert(await self.readable(payload), type_hint)
@@ -113,9 +171,17 @@ class PayloadValues:
         Raises:
             Exception: What they raise, as for a key that is not there. It says nothing of the value.
         """
-        if not self.has_codec:
+        if not self.has_codec and not external.is_reference(payload):
             return payload
-        [raw] = await self._converter.decode([payload], [RawValue])
+        try:
+            [raw] = await self._converter.decode([external.transparent(payload)], [RawValue])
+        except AsyncTaskError:
+            raise
+        except Exception as error:
+            if not external.is_reference(payload):
+                raise
+            # Without the storage at all, or without the driver, the SDK's own error.
+            raise StorageError(f"an externally stored value cannot be fetched here: {error}") from error
         return cast("RawValue", raw).payload
 
     def convert(self, readable: Payload, type_hint: Any = None) -> Any:
@@ -139,12 +205,8 @@ class PayloadValues:
         Raises:
             Exception: What the codec or the external storage raises.
         """
-        return await self.readable(Payload.FromString(data))
-
-    @property
-    def has_codec(self) -> bool:
-        """Whether payloads go through a codec or an external storage."""
-        return self._converter.payload_codec is not None or self._converter.external_storage is not None
+        plain = self._stored.pop(data, None)
+        return await self.readable(Payload.FromString(data)) if plain is None else plain
 
     async def encode_journal(self, snapshot: Snapshot) -> list[Payload]:
         """A journal's two payloads. The results were encoded one by one, so only the header goes through the codec."""
@@ -168,6 +230,30 @@ class PayloadValues:
         codec = self._converter.payload_codec
         return await codec.decode(payloads) if codec else payloads
 
+    async def seal_text(self, text: str) -> str:
+        """A text that the engine hands on as text (why a run is cancelled), through the codec if there is one."""
+        if not text or not self.encrypts:
+            return text
+        [payload] = await self.encode_raw([Payload(metadata={"encoding": b"text/plain"}, data=text.encode())])
+        return _SEALED + base64.b64encode(payload.SerializeToString()).decode()
+
+    async def unseal_text(self, text: str) -> str:
+        """The text that ``seal_text`` was given; another is returned as it is."""
+        if not text.startswith(_SEALED) or not self.encrypts:
+            return text
+        try:
+            payload = Payload.FromString(base64.b64decode(text.removeprefix(_SEALED), validate=True))
+        except (binascii.Error, DecodeError):  # written by hand
+            return text
+        [plain] = await self.decode_raw([payload])
+        return plain.data.decode()
+
+    def event_name(self, key: str) -> str:
+        """What the server calls an event. With a codec it is a digest, as the workflow compares names in clear."""
+        if not self.encrypts:
+            return key
+        return "event-" + hashlib.sha256(f"{self._task_id}\0{key}".encode()).hexdigest()
+
     async def to_failure(self, error: ApplicationError, journal: Sequence[Payload] = ()) -> Failure:
         """A failure, by the application's failure converter and codec.
 
@@ -176,7 +262,7 @@ class PayloadValues:
             journal: The payloads of ``encode_journal``, which become the failure's details as they are.
         """
         failure = Failure()
-        await self._converter.encode_failure(error, failure)
+        await self._inline.encode_failure(error, failure)
         failure.application_failure_info.details.payloads.extend(journal)
         return failure
 
@@ -186,7 +272,7 @@ class PayloadValues:
         copy.CopyFrom(failure)
         if copy.WhichOneof("failure_info") == "application_failure_info":
             copy.application_failure_info.ClearField("details")
-        error = await self._converter.decode_failure(copy)
+        error = await self._inline.decode_failure(copy)
         if isinstance(error, FailureError) and error.failure is not None:
             return error.failure
         return copy
@@ -207,6 +293,29 @@ class PayloadValues:
         return payload
 
 
+class NamedEvents(Mapping[str, bytes]):
+    """Events by their keys, as they came by the server's names for them.
+
+    Args:
+        values: Tells the names.
+        events: By name; or by key, if they were sent before there was a codec.
+    """
+
+    def __init__(self, values: PayloadValues, events: Mapping[str, bytes]) -> None:
+        self._values = values
+        self._events = events
+
+    def __getitem__(self, key: str) -> bytes:
+        name = self._values.event_name(key)
+        return self._events[name if name in self._events else key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._events)
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+
 def _hint(type_hint: Any) -> list[type]:
     return [cast("type", Any if type_hint is None else type_hint)]
 
@@ -219,15 +328,6 @@ def _check_fit(payload: Payload, value: Any, type_hint: Any) -> None:
         except PydanticSchemaGenerationError:  # a type of the application's own converter
             return
         adapter.validate_python(value, strict=True)
-
-
-def digest(payload: Payload) -> str:
-    """A digest of a value, the same for the same JSON document whatever the order of its keys."""
-    data = payload.data
-    encoding = payload.metadata.get("encoding", b"")
-    if encoding.startswith(b"json/"):
-        data = json.dumps(json.loads(data), sort_keys=True).encode()
-    return hashlib.sha256(encoding + b"\0" + data).hexdigest()
 
 
 _hints: WeakKeyDictionary[Callable[..., Any], Any] = WeakKeyDictionary()

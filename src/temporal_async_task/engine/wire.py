@@ -21,7 +21,9 @@ WORKFLOW_PREFIX = "asyncTask_"
 ACTIVITY_ID = "task-"
 """How the ids of the activities that carry a run begin; a number follows. There is one at a time, but for one whose
 worker is gone, which the server keeps until the run ends."""
-COLLECT_ACTIVITY = "asyncTask:collect"
+OWN_PREFIX = "asyncTask:"
+"""How the names of the engine's own activities begin; no task has such a name."""
+COLLECT_ACTIVITY = OWN_PREFIX + "collect"
 """The engine's own activity: gets the journal of a run that is to be cancelled out of its activity."""
 
 MEMO_PARAMS = "asyncTaskParams"

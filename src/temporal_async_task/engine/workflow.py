@@ -183,7 +183,7 @@ def _task_of(args: Sequence[RawValue]) -> tuple[str, wire.TaskInput]:
     """The task's name, and what its run was started with."""
     info = workflow.info()
     name = info.workflow_type.removeprefix(wire.WORKFLOW_PREFIX)
-    if name == info.workflow_type:
+    if name in {info.workflow_type, ""} or name.startswith(wire.OWN_PREFIX):
         raise ApplicationError(
             f"Workflow type {info.workflow_type!r} is not a task. Task queue {info.task_queue!r} belongs to "
             f"temporal-async-task: run other workflows on a queue of their own.",
