@@ -637,3 +637,18 @@ async def test_a_run_that_is_terminated_in_its_cleanup_has_lost_no_finished_step
     runs = await asyncio.gather(*map(terminated_in_its_cleanup, tasks, vendors))
     assert [run.completed_steps for run in runs] == [("first",)] * 6
     assert [vendor.calls for vendor in vendors] == [["first a cup", "work", "cleanup", "work"]] * 6
+
+
+async def test_a_resumed_run_keeps_its_place_among_those_that_wait(app: App):
+    @async_task(retry_policy=AT_ONCE)
+    async def shoot() -> None:
+        raise TypeError("a slip")
+
+    component = await app.start(shoot)
+    task_id = await shoot.submit(priority=1, fairness_key="customer-7")
+    await status_when(shoot, task_id, ended)
+    await shoot.resume(task_id)
+    await status_when(shoot, task_id, ended)
+    description = await component.client.get_workflow_handle(task_id).describe()
+    priority = description.raw_description.workflow_execution_info.priority
+    assert (priority.priority_key, priority.fairness_key) == (1, "customer-7")

@@ -205,8 +205,23 @@ def test_a_classifier_that_fails_is_logged_and_the_default_rules_decide(caplog):
     policy = RetryPolicy(classify=lambda error: error.no_such_attribute)
     assert decide(OSError("the call's own error"), policy, 1).retry
     assert not decide(TypeError(), policy, 1).retry
-    assert 'classify failed on OSError("the call\'s own error")' in caplog.text
+    assert "classify failed on a OSError" in caplog.text
     assert "no_such_attribute" in caplog.text
+
+
+def test_what_an_error_says_is_not_in_the_log_of_a_classifier_that_fails_on_it(caplog):
+    policy = RetryPolicy(classify=lambda error: error.no_such_attribute)
+
+    def call() -> None:
+        raise OSError("the call's own error")
+
+    try:
+        call()
+    except OSError as error:
+        decision = decide(error, policy, 1)
+    assert decision.retry
+    assert "no_such_attribute" in caplog.text
+    assert "the call's own error" not in caplog.text
 
 
 def test_a_classifier_that_returns_no_verdict_is_logged_and_the_default_rules_decide(caplog):

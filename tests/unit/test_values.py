@@ -31,8 +31,9 @@ from temporal_async_task import (
     async_task,
     step,
 )
+from temporal_async_task.engine.digest import digest
 from temporal_async_task.engine.journal import Journal
-from temporal_async_task.engine.values import PayloadValues, digest, return_type, signature_types
+from temporal_async_task.engine.values import PayloadValues, return_type, signature_types
 from temporal_async_task.testing import TaskRun
 
 T = TypeVar("T")
