@@ -27,6 +27,9 @@
     │   ├── PollTimeoutError        a poll was not ready in time
     │   └── WaitTimeoutError        an event did not come in time
     ├── TaskTimeoutError            the task as a whole did not finish within its timeout
+    ├── ReportError                 a report has not reached the application yet
+    │   └── ReportRefusedError      ... and never will: the application has refused it
+    ├── SignatureError              a callback that was not signed with the secret, or long ago
     ├── NonRetryableError           raised by user code: do not try again
     └── RetryableError              raised by user code: try again, and when
 """
@@ -199,6 +202,38 @@ class WaitTimeoutError(StepFailedError, TimeoutError):
 
 class TaskTimeoutError(AsyncTaskError, TimeoutError):
     """The task as a whole did not finish within its ``timeout``."""
+
+
+class ReportError(AsyncTaskError):
+    """The application has not acknowledged a report of a run's status. It is sent again."""
+
+
+class ReportRefusedError(ReportError):
+    """The application has refused a report for good.
+
+    Attributes:
+        code: Why, as one word: ``malformed``, ``too_large``, ``unknown_record`` or ``out_of_order``.
+        detail: Why, as a sentence.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+class SignatureError(AsyncTaskError):
+    """A callback that was not signed with the secret, or whose signature is too old.
+
+    Attributes:
+        code: Why, as one word: ``signature_missing``, ``signature_wrong``, ``timestamp_old`` or ``timestamp_ahead``.
+        detail: Why, as a sentence.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
 
 
 class NonRetryableError(AsyncTaskError):

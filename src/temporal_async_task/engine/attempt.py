@@ -254,6 +254,18 @@ class Attempt:
         record.due = self._carrier.now() + decision.delay
         return self._parked(record.due, str(record.error))
 
+    def is_final(self, error: BaseException) -> bool:
+        """Whether the run would end with this error, if the body raised it now."""
+        error = only_leaf(error)
+        if not isinstance(error, Exception) or isinstance(error, StepFailedError):
+            return True
+        return not decide(error, self.settings.retry_policy, self.journal.body.failures + 1).retry
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the run's cancellation was asked for."""
+        return self._cancelled
+
     def _parked(self, due: float, reason: str, events: tuple[str, ...] = ()) -> Outcome:
         deadline = self.settings.deadline
         if deadline is not None and due >= deadline:

@@ -1,0 +1,1 @@
+"""What ties tasks to web applications, their databases and their frameworks."""

@@ -1,0 +1,79 @@
+"""What a run tells the application: the events of a run so far, as one message that may arrive any number of times."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from temporal_async_task.errors import ReportRefusedError
+from temporal_async_task.integrations.lifecycle import RecordStatus
+
+
+class ReportedEvent(BaseModel):
+    """An event of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sequence: int = Field(ge=1, le=1_000_000)
+    """Its place among the events of the report's generation, from 1."""
+    type: Literal[RecordStatus.PROCESSING, RecordStatus.COMPLETED, RecordStatus.FAILED]
+    at: AwareDatetime
+    payload: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """``external_id``; ``result``; or ``error``, ``error_type`` and ``retryable``."""
+
+
+class Report(BaseModel):
+    """All events of a run so far, in order, whether they were told before or not.
+
+    So no report depends on another one's arrival: the receiver applies what it does not know yet.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str = Field(min_length=1, max_length=255)
+    task_id: str = Field(min_length=1, max_length=255)
+    generation: int = Field(ge=1, le=1_000_000)
+    """1, and one more after each failure that was reported: a run that is resumed tells its events anew."""
+    events: tuple[ReportedEvent, ...] = Field(min_length=1, max_length=1000)
+
+    def encode(self) -> bytes:
+        """The body of a callback."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Report:
+        """The report in a callback's body.
+
+        Raises:
+            ReportRefusedError: The body holds none.
+        """
+        try:
+            report = cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the body"
+            raise ReportRefusedError("malformed", f"The body is not a report: {where}: {first['msg']}") from None
+        sequences = [event.sequence for event in report.events]
+        if any(later != earlier + 1 for earlier, later in zip(sequences, sequences[1:], strict=False)):
+            raise ReportRefusedError("out_of_order", f"The report's events are out of order: {sequences}.")
+        return report
+
+
+class Reporter(Protocol):
+    """Brings reports to the application."""
+
+    async def send(self, report: Report) -> None:
+        """Return once the application has applied the report.
+
+        Raises:
+            ReportRefusedError: It never will.
+            Exception: It could not be reached, or could not apply it now: the report is sent again.
+        """
+        ...
+
+
+def utc_now() -> datetime:
+    """The time, aware."""
+    return datetime.now(UTC)

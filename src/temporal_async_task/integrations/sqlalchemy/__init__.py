@@ -1,0 +1,33 @@
+"""Records that run tasks, with SQLAlchemy (extra ``sqlalchemy``)."""
+
+try:
+    import sqlalchemy.ext.asyncio  # noqa: F401 - the extra brings it, with what its asyncio part needs
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "This integration needs SQLAlchemy: pip install 'temporal-async-task[sqlalchemy]'", name=error.name
+    ) from error
+
+from temporal_async_task.integrations.sqlalchemy.dispatcher import Dispatcher
+from temporal_async_task.integrations.sqlalchemy.integration import RecordIntegration
+from temporal_async_task.integrations.sqlalchemy.mapping import RecordTask
+from temporal_async_task.integrations.sqlalchemy.mixins import APICallMixin, IntegrationEventMixin, UTCDateTime
+from temporal_async_task.integrations.sqlalchemy.receiver import DirectReport, ReportReceiver
+from temporal_async_task.integrations.sqlalchemy.side_effects import (
+    MutationType,
+    RecordMutation,
+    RecordMutationSideEffect,
+)
+
+__all__ = [
+    "APICallMixin",
+    "DirectReport",
+    "Dispatcher",
+    "IntegrationEventMixin",
+    "MutationType",
+    "RecordIntegration",
+    "RecordMutation",
+    "RecordMutationSideEffect",
+    "RecordTask",
+    "ReportReceiver",
+    "UTCDateTime",
+]

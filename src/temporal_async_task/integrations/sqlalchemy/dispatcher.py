@@ -1,0 +1,276 @@
+"""Starts the tasks of committed records, and finds out what no report has told.
+
+Any number of dispatchers may run, in web processes, in workers or alone. A record is claimed by one of them at a time,
+and its task's id is committed with it: whatever dies in between, the record's task is started, and only once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+from temporal_async_task.errors import (
+    ConfigError,
+    InvalidKeyError,
+    ParamsError,
+    PayloadTooLargeError,
+    ServerUnavailableError,
+    TaskConflictError,
+    TaskNotFoundError,
+    TaskNotRegisteredError,
+)
+from temporal_async_task.integrations.lifecycle import Event, RecordStatus
+from temporal_async_task.integrations.reports import utc_now
+from temporal_async_task.integrations.sqlalchemy.backlog import backlog
+from temporal_async_task.integrations.sqlalchemy.sessions import Database, Sessions
+from temporal_async_task.integrations.sqlalchemy.store import (
+    MAX_CLAIMS,
+    TO_CHECK,
+    TO_START,
+    Claim,
+    RecordStore,
+    Settled,
+)
+from temporal_async_task.steps import seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from temporal_async_task.component import AsyncTaskComponent
+    from temporal_async_task.integrations.sqlalchemy.mapping import RecordTask
+    from temporal_async_task.status import TaskResult
+
+logger = logging.getLogger("temporal_async_task")
+T = TypeVar("T")
+
+SHORTEST_INTERVAL = 0.1
+"""Seconds between two looks into the database while there is work."""
+LONGEST_INTERVAL = 5.0
+"""... and while there is none, unless a commit of this process calls for one."""
+_CONCURRENCY = 20
+_STOP_TIMEOUT = 15.0  # seconds; a submit to a server that is gone takes 10
+_UNFIT = (ParamsError, PayloadTooLargeError, TaskConflictError, InvalidKeyError)
+
+
+class Dispatcher:
+    """Starts the tasks of committed records.
+
+    Args:
+        component: A component that knows the tasks; the dispatcher connects it.
+        sessions: The application's ``async_sessionmaker`` or ``sessionmaker``.
+        records: Which records run which task.
+        batch: How many records are claimed at once.
+        lease: Seconds (or a ``timedelta``) for which a claim holds: so long the records of a dispatcher that was
+            killed have to wait. It must be enough for a batch to be submitted.
+
+    Raises:
+        ConfigError: ``batch`` or ``lease`` makes no sense.
+    """
+
+    def __init__(
+        self,
+        component: AsyncTaskComponent,
+        sessions: Sessions,
+        *records: RecordTask[Any],
+        batch: int = 50,
+        lease: float | timedelta = 60.0,
+    ) -> None:
+        if batch < 1 or not seconds(lease) > 0:
+            raise ConfigError(f"batch must be 1 or more and lease over 0 seconds, not {batch!r} and {lease!r}.")
+        self._component = component
+        database = Database(sessions)
+        self._stores = [RecordStore(one, database) for one in records]
+        self._batch = batch
+        self._lease = timedelta(seconds=seconds(lease))
+        self._wake: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._troubled = False
+
+    # From outside
+
+    def wake(self) -> None:
+        """Look into the database now. May be called in any thread, and when nothing runs."""
+        if self._loop is not None and self._wake is not None and not self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed just now
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def start(self) -> None:
+        """Run in the background of this event loop, until ``stop``. Does nothing if it runs.
+
+        Raises:
+            TaskNotRegisteredError: The component does not know one of the tasks.
+        """
+        self._check_registered()
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self.run())
+
+    async def stop(self) -> None:
+        """Finish what is being submitted, and stop. Takes 15 seconds at most, even if the server is gone."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        self._stopping = True
+        self.wake()
+        await asyncio.wait((running,), timeout=_STOP_TIMEOUT)
+        running.cancel()
+        await asyncio.wait((running,))
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def run(self) -> None:
+        """Dispatch until cancelled, as a process of its own does.
+
+        Raises:
+            TaskNotRegisteredError: The component does not know one of the tasks.
+        """
+        self._check_registered()
+        self._loop, self._wake, self._stopping = asyncio.get_running_loop(), asyncio.Event(), False
+        interval = SHORTEST_INTERVAL
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                worked = await self.sweep()
+            except Exception as error:
+                self._trouble(error)
+                worked = False
+            else:
+                self._troubled = False
+            interval = SHORTEST_INTERVAL if worked else min(interval * 2, LONGEST_INTERVAL)
+            if self._stopping:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await self._wake.wait()
+                    interval = SHORTEST_INTERVAL
+
+    def _check_registered(self) -> None:
+        for store in self._stores:
+            if store.records.task not in self._component.tasks:
+                raise TaskNotRegisteredError(
+                    f"The dispatcher's component does not know task {store.records.task.name!r}. Register it first: "
+                    f"component.register_all(integration.create_async_tasks())."
+                )
+
+    def _trouble(self, error: Exception) -> None:
+        """Log what keeps the dispatcher from its work, once for as long as it does."""
+        if not self._troubled:
+            expected = isinstance(error, ServerUnavailableError)
+            logger.warning("Records wait: %s: %s", type(error).__name__, error, exc_info=None if expected else error)
+        self._troubled = True
+
+    # One look
+
+    async def sweep(self) -> bool:
+        """Look once at what is due, and work on a batch of it. True if there may be more at once.
+
+        Raises:
+            ServerUnavailableError: The Temporal server does not answer. Records wait as they are.
+            Exception: The database's errors.
+        """
+        await self._component.connect()
+        worked = False
+        trouble: Exception | None = None
+        for store in self._stores:
+            try:
+                worked = await self._start(store) or worked
+                worked = await self._check(store) or worked
+            except Exception as error:  # of one kind of records, which keeps the others from nothing
+                trouble = error
+        if trouble is not None:
+            raise trouble
+        return worked
+
+    async def _start(self, store: RecordStore) -> bool:
+        room = await self._room(store)
+        if room <= 0:
+            return False
+        claims = await store.claim(TO_START, min(room, self._batch), self._lease)
+        outcomes = await _each(claims, lambda claim: self._submit(store, claim))
+        await store.settle(outcomes)
+        if any(outcome.uncounted for outcome in outcomes):
+            raise ServerUnavailableError("The Temporal server went away while records were being submitted.")
+        return bool(claims)
+
+    async def _room(self, store: RecordStore) -> int:
+        """How many records may be started. The server's count lags behind; the database's knows only of records."""
+        records = store.records
+        waiting = await store.waiting()
+        if waiting < records.max_backlog:
+            waiting = max(waiting, await backlog(self._component.client, records.task.task_queue))
+        return records.max_backlog - waiting
+
+    async def _submit(self, store: RecordStore, claim: Claim) -> Settled:
+        task = store.records.task
+        if claim.fault is not None:
+            return _refused(claim, "RecordError", claim.fault)
+        try:
+            if claim.status is not RecordStatus.FAILED or not await _resumed(task, claim.task_id):
+                await task.submit(claim.params, task_id=claim.task_id)
+        except _UNFIT as error:
+            return _refused(claim, type(error).__name__, str(error))
+        except ServerUnavailableError:
+            return Settled(claim, after=timedelta(seconds=SHORTEST_INTERVAL), uncounted=True)
+        except Exception as error:
+            if claim.claims >= MAX_CLAIMS:
+                return _refused(claim, type(error).__name__, f"given up after {claim.claims} tries: {error}")
+            logger.warning("The task of record %r could not be started: %s", claim.key, error)
+            return Settled(claim, after=timedelta(seconds=min(2.0**claim.claims, 60.0)))
+        return Settled(claim, Event(RecordStatus.QUEUED, utc_now()))
+
+    async def _check(self, store: RecordStore) -> bool:
+        """Ask about runs of which nothing was heard for a while: terminated ones tell nothing."""
+        claims = await store.claim(TO_CHECK, self._batch, self._lease)
+        news = await _each(claims, lambda claim: check(store, claim))
+        return len(claims) == self._batch or any(news)
+
+
+async def check(store: RecordStore, claim: Claim) -> bool:
+    """Bring a started record up to date with its run. True if there was news."""
+    run: TaskResult[Any] | TaskNotFoundError
+    try:
+        run = await store.records.task.get_status(claim.task_id)
+    except TaskNotFoundError as error:
+        run = error
+    return await store.note(claim, run)
+
+
+async def _resumed(task: Any, task_id: str) -> bool:
+    """Have a failed run go on from its last finished step. False if there is no such run."""
+    try:
+        await task.resume(task_id)
+    except TaskNotFoundError:
+        return False
+    except TaskConflictError:
+        pass  # it goes on already, or has completed: the record will be told
+    return True
+
+
+def _refused(claim: Claim, error_type: str, error: str) -> Settled:
+    """A record that cannot be submitted fails, and is in nobody's way."""
+    payload = {"error": f"{error_type}: {error}"[:4000], "error_type": error_type, "retryable": False}
+    return Settled(claim, Event(RecordStatus.FAILED, utc_now(), payload))
+
+
+async def _each(claims: Sequence[Claim], work: Callable[[Claim], Awaitable[T]]) -> list[T]:
+    """Work on some claims at a time. If one goes wrong, the others are ended first."""
+    places = asyncio.Semaphore(_CONCURRENCY)
+
+    async def one(claim: Claim) -> T:
+        async with places:
+            return await work(claim)
+
+    found = await asyncio.gather(*(one(claim) for claim in claims), return_exceptions=True)
+    for answer in found:
+        if isinstance(answer, BaseException):
+            raise answer
+    return cast("list[T]", found)

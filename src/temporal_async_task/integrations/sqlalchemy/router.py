@@ -1,0 +1,88 @@
+"""The route that receives reports, for FastAPI (extra ``fastapi``)."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import SQLAlchemyError
+
+from temporal_async_task.errors import ReportRefusedError, SignatureError
+from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, TOLERANCE, Secret, check_secret, verify
+from temporal_async_task.integrations.reports import Report
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from temporal_async_task.integrations.sqlalchemy.receiver import ReportReceiver
+
+logger = logging.getLogger("temporal_async_task")
+
+MAX_BODY = 6 * 1024 * 1024
+"""Bytes. A result has 2 MB at most; JSON's escapes and base64 make it longer."""
+_STATUS = {
+    "malformed": HTTPStatus.BAD_REQUEST,
+    "unknown_record": HTTPStatus.NOT_FOUND,
+    "out_of_order": HTTPStatus.CONFLICT,
+    "too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+}
+
+
+def create_report_router(
+    receiver: ReportReceiver,
+    secret: Secret | Sequence[Secret],
+    *,
+    path: str = "/integrations/reports",
+    tolerance: float = TOLERANCE,
+) -> APIRouter:
+    """A router with one route, ``POST path``, for what ``Callback`` sends.
+
+    It needs no user: what is not signed with the secret is refused. Answers are 200 with ``{"applied": n}`` (0 for
+    what was applied before), or a problem (RFC 9457) whose ``code`` says what is wrong.
+
+    Args:
+        receiver: Applies the reports.
+        secret: What the workers sign with; several while one replaces another.
+        path: Where.
+        tolerance: Seconds by which a signature's timestamp may differ from the clock.
+
+    Raises:
+        ConfigError: The secret is too short.
+    """
+    secrets = [secret] if isinstance(secret, str | bytes) else list(secret)
+    keys = [check_secret(one) for one in secrets]
+    router = APIRouter()
+
+    @router.post(path, include_in_schema=False)
+    async def receive(request: Request) -> JSONResponse:
+        try:
+            body = await _body(request)
+            verify(body, request.headers.get(SIGNATURE_HEADER), keys, tolerance=tolerance)
+            applied = await receiver.apply(Report.decode(body))
+        except SignatureError as error:
+            return _problem(HTTPStatus.UNAUTHORIZED, error.code, error.detail)
+        except ReportRefusedError as error:
+            return _problem(_STATUS[error.code], error.code, error.detail)
+        except (SQLAlchemyError, OSError):
+            logger.exception("A report could not be applied; it will be sent again")
+            return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "unavailable", "The database does not answer. Try again.")
+        return JSONResponse({"applied": applied})
+
+    return router
+
+
+async def _body(request: Request) -> bytes:
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > MAX_BODY:
+            raise ReportRefusedError("too_large", f"A report has {MAX_BODY:,} bytes at most.")
+    return bytes(chunks)
+
+
+def _problem(status: HTTPStatus, code: str, detail: str) -> JSONResponse:
+    problem = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail, "code": code}
+    return JSONResponse(problem, status.value, media_type="application/problem+json")

@@ -1,0 +1,313 @@
+"""Records in the database: claimed, brought from one state to the next, with an event for each change.
+
+Each method is one transaction. All changes of a record's state go through ``_apply``, with the record locked.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from pydantic_core import to_jsonable_python
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
+from temporal_async_task.integrations.lifecycle import Event, RecordStatus
+from temporal_async_task.integrations.reports import Report, utc_now
+from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
+from temporal_async_task.status import TaskResult, TaskStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from sqlalchemy.orm import Session
+
+    from temporal_async_task.integrations.sqlalchemy.mapping import RecordTask
+    from temporal_async_task.integrations.sqlalchemy.sessions import Database
+
+logger = logging.getLogger("temporal_async_task")
+
+TO_START = (RecordStatus.PENDING, RecordStatus.FAILED)
+TO_CHECK = (RecordStatus.QUEUED, RecordStatus.PROCESSING)
+MAX_CLAIMS = 10
+"""Claims in a row that may come to nothing, through a record's own fault or with the process that made them."""
+_NOT_AGAIN = frozenset(
+    {
+        "TaskCancelledError",
+        "TerminatedError",
+        "NonRetryableError",
+        "WorkerLostError",
+        "StepOutcomeUnknownError",
+        "PollTimeoutError",
+        "WaitTimeoutError",
+        "ResultError",
+        "PayloadTooLargeError",
+    }
+)
+"""Types of errors, as a status shows them, after which a record is left to a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A record that this process may work on until the claim runs out."""
+
+    key: Any
+    task_id: str
+    status: RecordStatus
+    events: int
+    """How many events the record had: if it has more by now, the claim is worth nothing."""
+    claims: int
+    """How often it was claimed in a row, this time included."""
+    params: Any = None
+    fault: str | None = None
+    """Why its params could not be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What has come of a claim: an event, or another look after a while."""
+
+    claim: Claim
+    event: Event | None = None
+    retryable: bool = False
+    """Of a failure: whether another try may help."""
+    after: timedelta = timedelta(0)
+    uncounted: bool = False
+    """Whether the record had no part in it."""
+
+
+class RecordStore:
+    """The records of one ``RecordTask`` in one database."""
+
+    def __init__(self, records: RecordTask[Any], database: Database) -> None:
+        self.records = records
+        self.database = database
+
+    # Claiming
+
+    async def waiting(self) -> int:
+        """How many records were started and have not begun, or are being started just now."""
+        record = self.records.record
+
+        def count(session: Session) -> int:
+            being_started = (record.status.in_(TO_START)) & (record.claims > 0) & (record.due_at > utc_now())
+            query = select(func.count()).where(
+                *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
+            )
+            return session.execute(query).scalar_one()
+
+        return await self.database.read(count)
+
+    async def claim(self, statuses: Collection[RecordStatus], limit: int, lease: timedelta) -> list[Claim]:
+        """Claim records that are due, each for this caller only, for as long as the lease.
+
+        A claim holds no lock. Whoever made it may die: when it has run out, the record is due again.
+        """
+        keys = await self.database.run(lambda session: self._claim(session, statuses, limit, lease))
+        if not keys:
+            return []
+        with_params = RecordStatus.PENDING in statuses
+        return await self.database.read(lambda session: self._claimed(session, keys, with_params=with_params))
+
+    def _claim(
+        self, session: Session, statuses: Collection[RecordStatus], limit: int, lease: timedelta
+    ) -> Sequence[Any]:
+        record, key, now = self.records.record, self.records.key, utc_now()
+        due = (
+            select(key.label("key"))
+            .where(*self.records.criteria(), record.status.in_(statuses), record.due_at <= now)
+            .order_by(record.due_at)
+            .limit(limit)
+            # PostgreSQL leaves out what another claims just now. SQLite has one writer at a time, and no such clause.
+            .with_for_update(skip_locked=True)
+            .cte("due")
+        )
+        claimed = (
+            update(record)
+            .where(key.in_(select(due.c.key)))
+            .values(due_at=now + lease, claims=record.claims + 1)
+            .returning(key, record.task_id)
+            .execution_options(synchronize_session=False)
+        )
+        rows = session.execute(claimed).all()
+        for found, task_id in rows:
+            if task_id is None:  # inserted by something else than this mapping
+                session.execute(
+                    update(record)
+                    .where(key == found)
+                    .values(task_id=uuid4().hex)
+                    .execution_options(synchronize_session=False)
+                )
+        return [row[0] for row in rows]
+
+    def _claimed(self, session: Session, keys: Sequence[Any], *, with_params: bool) -> list[Claim]:
+        claims: list[Claim] = []
+        query = select(self.records.record).where(self.records.key.in_(keys)).order_by(self.records.key)
+        for record in session.scalars(query).all():
+            claim = Claim(
+                key=getattr(record, self.records.key.key),
+                task_id=record.task_id,
+                status=RecordStatus(record.status),
+                events=record.events,
+                claims=record.claims,
+            )
+            claims.append(self._with_params(session, record, claim) if with_params else claim)
+        return claims
+
+    def _with_params(self, session: Session, record: Any, claim: Claim) -> Claim:
+        if claim.claims > MAX_CLAIMS:
+            return replace(claim, fault=f"it was claimed {claim.claims - 1} times, and nothing came of it")
+        try:
+            with session.no_autoflush:
+                return replace(claim, params=self.records.params(record))
+        except Exception as error:
+            if isinstance(error, SQLAlchemyError):
+                session.rollback()  # the transaction is of no use any more; the others are read again
+            return replace(claim, fault=f"params() failed: {type(error).__name__}: {error}")
+
+    # Bringing records on
+
+    async def settle(self, outcomes: Sequence[Settled]) -> None:
+        """Write what has come of claims, except where something else has happened to the record meanwhile."""
+        by_key = {settled.claim.key: settled for settled in outcomes}
+        if by_key:
+            await self.database.run(lambda session: self._settle(session, by_key))
+
+    def _settle(self, session: Session, by_key: dict[Any, Settled]) -> None:
+        for record in self._locked(session, self.records.key.in_(by_key)):
+            settled = by_key[getattr(record, self.records.key.key)]
+            if record.event_count != settled.claim.events or record.status != settled.claim.status:
+                continue
+            if settled.event is None:
+                record.due_at = utc_now() + settled.after
+                if settled.uncounted:
+                    record.claims = max(record.claims - 1, 0)
+            else:
+                self._apply(session, record, settled.event, retryable=settled.retryable)
+
+    async def apply(self, report: Report) -> int:
+        """Apply what is new in a report. Applying it again changes nothing.
+
+        Returns:
+            How many of its events were new.
+
+        Raises:
+            ReportRefusedError: There is no such record, or the events cannot follow on those that it has.
+        """
+        return await self.database.run(lambda session: self._apply_report(session, report))
+
+    def _apply_report(self, session: Session, report: Report) -> int:
+        [record] = self._locked(session, self.records.record.task_id == report.task_id) or [None]
+        if record is None:
+            raise ReportRefusedError("unknown_record", f"No record has the task {report.task_id!r}.")
+        new = [
+            event
+            for event in report.events
+            if (report.generation, event.sequence) > (record.generation, record.reported)
+        ]
+        for reported in new:
+            expected = record.reported + 1 if record.generation == report.generation else 1
+            if reported.sequence != expected:
+                raise ReportRefusedError(
+                    "out_of_order", f"Event {reported.sequence} came where event {expected} was to come."
+                )
+            event = Event(reported.type, reported.at, dict(reported.payload))
+            self._apply_reported(session, record, event)
+            record.generation, record.reported = report.generation, reported.sequence
+        return len(new)
+
+    def _apply_reported(self, session: Session, record: Any, event: Event) -> None:
+        state = state_of(record)
+        if event.type == state.status and event.type in {RecordStatus.COMPLETED, RecordStatus.FAILED}:
+            return  # the run was asked before it could tell
+        if state.can(RecordStatus.QUEUED) and event.type is not RecordStatus.QUEUED:
+            # It was started or resumed, and the process that did it has not written so, and may never do.
+            self._apply(session, record, Event(RecordStatus.QUEUED, event.at, {"by": "report"}))
+            state = state_of(record)
+        if not state.can(event.type):
+            raise ReportRefusedError("out_of_order", f"A record that is {state.status} cannot become {event.type}.")
+        if event.type is RecordStatus.PROCESSING and state.after(event) == state:
+            return
+        self._apply(session, record, event, retryable=bool(event.payload.get("retryable")))
+
+    async def note(self, claim: Claim, run: TaskResult[Any] | TaskNotFoundError) -> bool:
+        """Apply what the server says of a started record's run. True if it was news."""
+        event = _event_of(run)
+        retryable = isinstance(run, TaskNotFoundError) or run.error_type not in _NOT_AGAIN
+
+        def write(session: Session) -> bool:
+            for record in self._locked(session, self.records.key == claim.key):
+                if record.event_count != claim.events:
+                    return False
+                if event is None or event.type == record.status:
+                    record.due_at, record.claims = utc_now() + self.records.check_delay(), 0
+                    return False
+                self._apply(session, record, event, retryable=retryable)
+                return True
+            return False
+
+        return await self.database.run(write)
+
+    async def find(self, key: Any) -> Claim | None:
+        """A record as it stands, claimed by nobody."""
+        found = await self.database.read(lambda session: self._claimed(session, [key], with_params=False))
+        return found[0] if found else None
+
+    def _locked(self, session: Session, criterion: Any) -> Sequence[Any]:
+        """Records that nobody else changes before this transaction has ended."""
+        record, key = self.records.record, self.records.key
+        if session.get_bind().dialect.name == "sqlite":
+            # Its first write makes a transaction the only one that writes.
+            session.execute(
+                update(record)
+                .where(criterion)
+                .values(event_count=record.event_count)
+                .execution_options(synchronize_session=False)
+            )
+        query = select(record).where(criterion).order_by(key).with_for_update()
+        return session.scalars(query.execution_options(populate_existing=True)).all()
+
+    def _apply(self, session: Session, record: Any, event: Event, *, retryable: bool = False) -> None:
+        """Write an event, and what follows from it."""
+        state = state_of(record).after(event)
+        payload = event.payload | ({"attempt": state.attempts} if event.type is RecordStatus.QUEUED else {})
+        record.event_count += 1
+        session.add(
+            self.records.event(
+                task_id=record.task_id, sequence=record.event_count, type=str(event.type), at=event.at, payload=payload
+            )
+        )
+        for name in STATE_COLUMNS:
+            value = getattr(state, name)
+            setattr(record, name, str(value) if name == "status" else value)
+        record.claims = 0
+        record.due_at = self._next_look(event.type, state.attempts, retryable=retryable)
+
+    def _next_look(self, status: RecordStatus, attempts: int, *, retryable: bool) -> datetime | None:
+        delay: timedelta | None = None
+        if status in TO_CHECK:
+            delay = self.records.check_delay()
+        elif status is RecordStatus.FAILED and retryable:
+            delay = self.records.delay_after(attempts)
+        return None if delay is None else utc_now() + delay
+
+
+def _event_of(run: TaskResult[Any] | TaskNotFoundError) -> Event | None:
+    """What a run's status says to a record that was started."""
+    if isinstance(run, TaskNotFoundError):
+        return Event(RecordStatus.FAILED, utc_now(), {"error": str(run), "error_type": "TaskNotFoundError"})
+    match run.status:
+        case TaskStatus.PENDING:
+            return None
+        case TaskStatus.PROCESSING:
+            return Event(RecordStatus.PROCESSING, run.started_at or utc_now())
+        case TaskStatus.COMPLETED:
+            result = to_jsonable_python(run.result, bytes_mode="base64", fallback=repr)
+            return Event(RecordStatus.COMPLETED, run.completed_at or utc_now(), {"result": result})
+        case TaskStatus.FAILED:
+            payload = {"error": run.error or "", "error_type": run.error_type or "Error"}
+            return Event(RecordStatus.FAILED, run.completed_at or utc_now(), payload)
