@@ -1,10 +1,12 @@
 """One real Temporal server for the whole session, and one application for each test."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
+from postgres import PrivatePostgres
 from support import App, Meter
 from temporal_async_task.devserver import DevServer
 
@@ -28,3 +30,19 @@ async def app(server: DevServer) -> AsyncIterator[App]:
 def meter() -> Meter:
     """Counts calls to the server."""
     return Meter()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PrivatePostgres]:
+    """A PostgreSQL of the tests' own."""
+    with PrivatePostgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, of each kind in turn."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'records.db'}"
+    postgres: PrivatePostgres = request.getfixturevalue("postgres")
+    return postgres.create(f"records_{uuid.uuid4().hex[:8]}")

@@ -13,7 +13,6 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -151,7 +150,7 @@ class Callback:
 class _NoRedirects(HTTPRedirectHandler):
     """A redirected POST would become a GET, and seem to have been taken."""
 
-    def redirect_request(
+    def redirect_request(  # noqa: PLR0917
         self,
         req: Request,  # noqa: ARG002 - the standard library's names
         fp: Any,  # noqa: ARG002
@@ -164,7 +163,7 @@ class _NoRedirects(HTTPRedirectHandler):
 
 
 def _not_taken(error: HTTPError) -> ReportError:
-    code, detail = "", HTTPStatus(error.code).phrase if error.code in HTTPStatus else ""
+    code, detail = "", str(error.reason)
     try:
         problem = json.loads(error.read(_MAX_ANSWER))
         code, detail = str(problem["code"]), str(problem["detail"])

@@ -109,7 +109,7 @@ class ReportedTask(TemporalAsyncTask[P, R], Generic[P, R]):
             step_timeout=task.step_timeout,
             timeout=task.timeout,
             heartbeat_timeout=task.heartbeat_timeout,
-            execution=task.execution,
+            execution=cast("Any", task.execution),
         )
         self.takes_params, self.params_type, self.result_type = task.takes_params, task.params_type, task.result_type
         functools.update_wrapper(self, task.task_function, updated=())

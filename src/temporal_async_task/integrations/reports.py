@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -56,7 +57,7 @@ class Report(BaseModel):
             where = ".".join(map(str, first["loc"])) or "the body"
             raise ReportRefusedError("malformed", f"The body is not a report: {where}: {first['msg']}") from None
         sequences = [event.sequence for event in report.events]
-        if any(later != earlier + 1 for earlier, later in zip(sequences, sequences[1:], strict=False)):
+        if any(later != earlier + 1 for earlier, later in itertools.pairwise(sequences)):
             raise ReportRefusedError("out_of_order", f"The report's events are out of order: {sequences}.")
         return report
 

@@ -1,7 +1,7 @@
 """Records that run tasks, with SQLAlchemy (extra ``sqlalchemy``)."""
 
 try:
-    import sqlalchemy.ext.asyncio  # noqa: F401 - the extra brings it, with what its asyncio part needs
+    import sqlalchemy.ext.asyncio  # pyright: ignore[reportUnusedImport]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "This integration needs SQLAlchemy: pip install 'temporal-async-task[sqlalchemy]'", name=error.name
@@ -18,6 +18,7 @@ from temporal_async_task.integrations.sqlalchemy.side_effects import (
     RecordMutationSideEffect,
 )
 
+del sqlalchemy  # imported for the sake of the error above
 __all__ = [
     "APICallMixin",
     "DirectReport",

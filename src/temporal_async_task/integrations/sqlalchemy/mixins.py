@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import JSON, DateTime, Index, Integer, String, Text, func
 from sqlalchemy.orm import Mapped, declared_attr, has_inherited_table, mapped_column
@@ -73,8 +73,9 @@ class APICallMixin:
     """... its place in the generation: what was reported before is not applied again."""
 
     @declared_attr.directive
-    def __table_args__(cls) -> tuple[Any, ...]:
-        return () if has_inherited_table(cls) else (Index(None, "status", "due_at"),)
+    def __table_args__(self) -> tuple[Any, ...]:
+        mapped = cast("type[Any]", self)  # SQLAlchemy calls it with the class
+        return () if has_inherited_table(mapped) else (Index(None, "status", "due_at"),)
 
     def try_again(self) -> None:
         """Have a failed record tried again, whatever its error and the number of its attempts; on commit."""

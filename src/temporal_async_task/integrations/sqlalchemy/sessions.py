@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
@@ -41,14 +41,14 @@ class Database:
         """Run ``work`` in a transaction, which is committed if it returns."""
         if self.is_async:
             async with self._sessions.begin() as session:
-                return await session.run_sync(work)
+                return cast("T", await session.run_sync(work))
         return await asyncio.to_thread(self._run, work)
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` in a transaction, of which nothing is kept."""
         if self.is_async:
             async with self._sessions() as session:
-                return await session.run_sync(work)
+                return cast("T", await session.run_sync(work))
         return await asyncio.to_thread(self._read, work)
 
     def _read(self, work: Callable[[Session], T]) -> T:

@@ -37,9 +37,9 @@ class MutationType(StrEnum):
 class RecordMutation:
     """What one transaction has done to one record."""
 
-    type: MutationType
     record: type[Any]
     """The record's class."""
+    type: MutationType
     identity: Any
     """Its primary key (a tuple, if that has several columns)."""
     values: dict[str, Any]
@@ -150,8 +150,8 @@ class RecordMutationSideEffect:
             answer = self.content(mutation)
             if inspect.isawaitable(answer):
                 self._begin(self._awaited(answer, mutation))
-        except Exception:
-            self._log(mutation)
+        except Exception as error:
+            self._log(mutation, error)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -169,16 +169,17 @@ class RecordMutationSideEffect:
     async def _awaited(self, answer: Awaitable[Any], mutation: RecordMutation) -> None:
         try:
             await answer
-        except Exception:
-            self._log(mutation)
+        except Exception as error:
+            self._log(mutation, error)
 
-    def _log(self, mutation: RecordMutation) -> None:
-        logger.exception(
+    def _log(self, mutation: RecordMutation, error: Exception) -> None:
+        logger.error(
             "Side effect %s failed, after the %s of %s %r was committed",
             self.name,
             mutation.type,
             mutation.record.__name__,
             mutation.identity,
+            exc_info=error,
         )
 
 
@@ -241,7 +242,7 @@ def _mutation(kind: MutationType, record: Any) -> RecordMutation:
             if history.added:
                 changes[name] = (history.deleted[0] if history.deleted else None, history.added[0])
     identity = tuple(state.mapper.primary_key_from_instance(record))
-    return RecordMutation(kind, type(record), identity[0] if len(identity) == 1 else identity, values, changes)
+    return RecordMutation(state.mapper.class_, kind, identity[0] if len(identity) == 1 else identity, values, changes)
 
 
 def _around(transaction: SessionTransaction) -> SessionTransaction:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
@@ -126,14 +126,9 @@ class RecordStore:
             .with_for_update(skip_locked=True)
             .cte("due")
         )
-        claimed = (
-            update(record)
-            .where(key.in_(select(due.c.key)))
-            .values(due_at=now + lease, claims=record.claims + 1)
-            .returning(key, record.task_id)
-            .execution_options(synchronize_session=False)
-        )
-        rows = session.execute(claimed).all()
+        claimed = cast("Any", update(record).where(key.in_(select(due.c.key))))
+        claimed = claimed.values(due_at=now + lease, claims=record.claims + 1).returning(key, record.task_id)
+        rows = session.execute(claimed.execution_options(synchronize_session=False)).all()
         for found, task_id in rows:
             if task_id is None:  # inserted by something else than this mapping
                 session.execute(
@@ -152,7 +147,7 @@ class RecordStore:
                 key=getattr(record, self.records.key.key),
                 task_id=record.task_id,
                 status=RecordStatus(record.status),
-                events=record.events,
+                events=record.event_count,
                 claims=record.claims,
             )
             claims.append(self._with_params(session, record, claim) if with_params else claim)
