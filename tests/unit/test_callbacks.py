@@ -180,6 +180,12 @@ async def test_a_refusal_is_told_from_a_failure(web: Web, code: str):
     assert refused.value.code == code
 
 
+async def test_a_proxy_that_finds_a_report_too_large_has_refused_it(web: Web):
+    web.answers = [(413, None)]
+    with pytest.raises(ReportRefusedError, match="too_large"):
+        await Callback(web.url, SECRET).send(report(1))
+
+
 @pytest.mark.parametrize(
     "answer",
     [(404, None), (401, {"code": "signature_wrong", "detail": "?"}), (503, {"code": "unavailable", "detail": ""})],

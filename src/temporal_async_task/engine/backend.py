@@ -378,7 +378,10 @@ def raw_client(client: Client) -> Client:
 def translated(error: RPCError, client: Client) -> AsyncTaskError:
     """The server's refusal, in this library's words."""
     address = client.service_client.config.target_host
-    if error.status in {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED}:
+    torn = error.status == RPCStatusCode.UNKNOWN and "transport error" in str(
+        error
+    )  # the connection, by a killed server
+    if torn or error.status in {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED}:
         return ServerUnavailableError(
             f"The Temporal server at {address} does not answer ({error}). Nothing was lost: try again when it is back."
         )

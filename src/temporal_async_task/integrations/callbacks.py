@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -169,6 +170,8 @@ def _not_taken(error: HTTPError) -> ReportError:
         code, detail = str(problem["code"]), str(problem["detail"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # an answer of something else: a proxy, an application that lacks the route
+    if error.code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:  # by whoever stands before the route, too
+        return ReportRefusedError("too_large", detail)
     if code in REFUSALS:
         return ReportRefusedError(code, detail)
     return ReportError(f"The web process answered {error.code}: {detail[:500]}")

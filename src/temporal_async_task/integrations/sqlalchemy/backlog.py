@@ -35,7 +35,7 @@ async def backlog(client: Client, task_queue: str) -> int:
             report_stats=True,
         )
         try:
-            answer = await client.workflow_service.describe_task_queue(request, timeout=_TIMEOUT)
+            answer = await client.workflow_service.describe_task_queue(request, retry=True, timeout=_TIMEOUT)
         except RPCError as error:
             raise translated(error, client) from error
         count += answer.stats.approximate_backlog_count

@@ -27,7 +27,6 @@ from temporal_async_task.integrations.reports import utc_now
 from temporal_async_task.integrations.sqlalchemy.backlog import backlog
 from temporal_async_task.integrations.sqlalchemy.sessions import Database, Sessions
 from temporal_async_task.integrations.sqlalchemy.store import (
-    MAX_CLAIMS,
     TO_CHECK,
     TO_START,
     Claim,
@@ -50,6 +49,8 @@ SHORTEST_INTERVAL = 0.1
 """Seconds between two looks into the database while there is work."""
 LONGEST_INTERVAL = 5.0
 """... and while there is none, unless a commit of this process calls for one."""
+TROUBLE_DELAY = timedelta(seconds=30)
+"""Before a record is tried again that neither was submitted nor is unfit for it."""
 _CONCURRENCY = 20
 _STOP_TIMEOUT = 15.0  # seconds; a submit to a server that is gone takes 10
 _UNFIT = (ParamsError, PayloadTooLargeError, TaskConflictError, InvalidKeyError)
@@ -197,8 +198,9 @@ class Dispatcher:
         claims = await store.claim(TO_START, min(room, self._batch), self._lease)
         outcomes = await _each(claims, lambda claim: self._submit(store, claim))
         await store.settle(outcomes)
-        if any(outcome.uncounted for outcome in outcomes):
-            raise ServerUnavailableError("The Temporal server went away while records were being submitted.")
+        for outcome in outcomes:
+            if outcome.trouble is not None:
+                raise outcome.trouble
         return bool(claims)
 
     async def _room(self, store: RecordStore) -> int:
@@ -218,13 +220,12 @@ class Dispatcher:
                 await task.submit(claim.params, task_id=claim.task_id)
         except _UNFIT as error:
             return _refused(claim, type(error).__name__, str(error))
-        except ServerUnavailableError:
-            return Settled(claim, after=timedelta(seconds=SHORTEST_INTERVAL), uncounted=True)
-        except Exception as error:
-            if claim.claims >= MAX_CLAIMS:
-                return _refused(claim, type(error).__name__, f"given up after {claim.claims} tries: {error}")
-            logger.warning("The task of record %r could not be started: %s", claim.key, error)
-            return Settled(claim, after=timedelta(seconds=min(2.0**claim.claims, 60.0)))
+        except ServerUnavailableError as error:
+            return Settled(claim, trouble=error)
+        except (
+            Exception
+        ) as error:  # of the server, which refuses, or of a codec: what is in one's way now may not be later
+            return Settled(claim, trouble=error, after=TROUBLE_DELAY)
         return Settled(claim, Event(RecordStatus.QUEUED, utc_now()))
 
     async def _check(self, store: RecordStore) -> bool:

@@ -34,7 +34,7 @@ logger = logging.getLogger("temporal_async_task")
 TO_START = (RecordStatus.PENDING, RecordStatus.FAILED)
 TO_CHECK = (RecordStatus.QUEUED, RecordStatus.PROCESSING)
 MAX_CLAIMS = 10
-"""Claims in a row that may come to nothing, through a record's own fault or with the process that made them."""
+"""Claims in a row that may end with the process that made them: a record must not kill all dispatchers for ever."""
 _NOT_AGAIN = frozenset(
     {
         "TaskCancelledError",
@@ -75,9 +75,10 @@ class Settled:
     event: Event | None = None
     retryable: bool = False
     """Of a failure: whether another try may help."""
+    trouble: Exception | None = None
+    """What was in the way, if nothing has come of it. The record is not to blame, ..."""
     after: timedelta = timedelta(0)
-    uncounted: bool = False
-    """Whether the record had no part in it."""
+    """... and is due again after this."""
 
 
 class RecordStore:
@@ -128,7 +129,7 @@ class RecordStore:
         )
         claimed = cast("Any", update(record).where(key.in_(select(due.c.key))))
         claimed = claimed.values(due_at=now + lease, claims=record.claims + 1).returning(key, record.task_id)
-        rows = session.execute(claimed.execution_options(synchronize_session=False)).all()
+        rows: list[Any] = list(session.execute(claimed.execution_options(synchronize_session=False)))
         for found, task_id in rows:
             if task_id is None:  # inserted by something else than this mapping
                 session.execute(
@@ -155,7 +156,7 @@ class RecordStore:
 
     def _with_params(self, session: Session, record: Any, claim: Claim) -> Claim:
         if claim.claims > MAX_CLAIMS:
-            return replace(claim, fault=f"it was claimed {claim.claims - 1} times, and nothing came of it")
+            return replace(claim, fault=f"it was claimed {claim.claims - 1} times, and never released")
         try:
             with session.no_autoflush:
                 return replace(claim, params=self.records.params(record))
@@ -178,9 +179,7 @@ class RecordStore:
             if record.event_count != settled.claim.events or record.status != settled.claim.status:
                 continue
             if settled.event is None:
-                record.due_at = utc_now() + settled.after
-                if settled.uncounted:
-                    record.claims = max(record.claims - 1, 0)
+                record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
             else:
                 self._apply(session, record, settled.event, retryable=settled.retryable)
 

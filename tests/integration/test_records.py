@@ -1,0 +1,744 @@
+"""Records that run tasks: dispatched once they are committed, and told what becomes of their runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import ForeignKey, create_engine, insert, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
+from sqlalchemy.pool import NullPool
+
+from records_app import SECRET, make_engine
+from support import App, wait_until
+from temporal_async_task import (
+    AsyncTaskComponent,
+    ConfigError,
+    NonRetryableError,
+    RetryPolicy,
+    StepOutcomeUnknownError,
+    TaskNotFoundError,
+    TaskNotRegisteredError,
+    TaskStatus,
+    TemporalAsyncTask,
+    step,
+)
+from temporal_async_task.devserver import DevServer
+from temporal_async_task.integrations.base import AggregatedIntegration
+from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, Callback, sign
+from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
+from temporal_async_task.integrations.reports import Report, ReportedEvent, utc_now
+from temporal_async_task.integrations.sqlalchemy import (
+    APICallMixin,
+    DirectReport,
+    Dispatcher,
+    IntegrationEventMixin,
+    RecordIntegration,
+    RecordTask,
+)
+from temporal_async_task.integrations.sqlalchemy.mixins import state_of
+from temporal_async_task.integrations.sqlalchemy.sessions import Database
+from temporal_async_task.integrations.sqlalchemy.store import TO_START, RecordStore
+
+NO_RETRY = RetryPolicy(max_retries=0)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Customer(Base):
+    __tablename__ = "customers"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+class Call(APICallMixin, Base):
+    __tablename__ = "calls"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    prompt: Mapped[str] = mapped_column(default="")
+    kind: Mapped[str] = mapped_column(default="picture")
+    customer_id: Mapped[int | None] = mapped_column(ForeignKey("customers.id"))
+    customer: Mapped[Customer | None] = relationship()
+
+
+class CallEvent(IntegrationEventMixin, Base):
+    __tablename__ = "call_events"
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    engine = make_engine(database_url, poolclass=NullPool)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    yield engine
+    await engine.dispose()
+
+
+class Records:
+    """One test's records and the processes around them."""
+
+    def __init__(self, engine: AsyncEngine, app: App) -> None:
+        self.sessions = async_sessionmaker(engine, expire_on_commit=False)
+        self.app = app
+
+    def mapping(self, task: TemporalAsyncTask[Any, Any], **options: Any) -> RecordTask[Any]:
+        settings = {"params": lambda call: call.prompt, "retry_delay": 0.2, "check_every": 600} | options
+        return RecordTask(record=Call, event=CallEvent, task=task, **settings)
+
+    def integration(
+        self, component: AsyncTaskComponent, *mappings: RecordTask[Any], **options: Any
+    ) -> RecordIntegration:
+        options = {"report_to": DirectReport(self.sessions), "lease": 2.0} | options
+        return RecordIntegration(component, self.sessions, *mappings, **options)
+
+    def store(self, mapping: RecordTask[Any]) -> RecordStore:
+        return RecordStore(mapping, Database(self.sessions))
+
+    async def add(self, *ids: int, **values: Any) -> None:
+        async with self.sessions.begin() as session:
+            session.add_all([Call(**({"id": one, "prompt": f"p{one}"} | values)) for one in ids])
+
+    async def get(self, call_id: int = 1) -> Call:
+        async with self.sessions() as session:
+            return await session.get_one(Call, call_id)
+
+    async def events(self, call_id: int = 1) -> list[CallEvent]:
+        call = await self.get(call_id)
+        async with self.sessions() as session:
+            query = select(CallEvent).where(CallEvent.task_id == call.task_id).order_by(CallEvent.sequence)
+            return list(await session.scalars(query))
+
+    async def told(self, call_id: int = 1) -> list[str]:
+        """The types of a record's events, of which it is made sure that the record follows from them."""
+        call, events = await self.get(call_id), await self.events(call_id)
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        state = state_after(Event(RecordStatus(event.type), event.at, event.payload) for event in events)
+        if call.event_count == len(events):  # nothing has come meanwhile
+            assert state_of(call) == state
+        return [event.type for event in events]
+
+    async def becomes(self, status: str, call_id: int = 1, timeout: float = 20) -> Call:
+        async def there() -> Call | None:
+            call = await self.get(call_id)
+            return call if call.status == status else None
+
+        return await wait_until(there, timeout=timeout)
+
+
+@pytest.fixture
+def records(engine: AsyncEngine, app: App) -> Records:
+    return Records(engine, app)
+
+
+@dataclass
+class Vendor:
+    """A paid API: what was called, and what it answers."""
+
+    calls: list[str]
+    answer: Callable[[str], str]
+
+    async def generate(self, prompt: str) -> str:
+        self.calls.append(prompt)
+        return self.answer(prompt)
+
+    def task(self, **options: Any) -> TemporalAsyncTask[str, str]:
+        async def draw(prompt: str) -> str:
+            return await step("generate", self.generate, prompt)
+
+        return TemporalAsyncTask("draw", draw, retry_policy=NO_RETRY, **options)
+
+
+@pytest.fixture
+def vendor() -> Vendor:
+    return Vendor([], lambda prompt: f"url of {prompt}")
+
+
+# From a commit to its result ------------------------------------------------------------------------------
+
+
+async def test_a_committed_record_runs_its_task_and_gets_the_result(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    async with component, AggregatedIntegration(integration).running(None, component):
+        await records.add(1)
+        call = await records.becomes("completed")
+    assert (call.response, call.attempts, call.error, call.due_at) == ("url of p1", 1, None, None)
+    assert await records.told() == ["queued", "processing", "completed"]
+    assert vendor.calls == ["p1"]
+    assert call.started_at <= call.completed_at
+
+
+async def test_a_commit_is_dispatched_at_once_and_not_with_the_next_look(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    async with AggregatedIntegration(integration).running(None, component):
+        await asyncio.sleep(4)  # by now it looks every few seconds
+        begin = asyncio.get_running_loop().time()
+        await records.add(1)
+        await records.becomes("queued")
+        assert asyncio.get_running_loop().time() - begin < 1.5
+
+
+async def test_a_record_that_is_rolled_back_starts_nothing(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    async with AggregatedIntegration(integration).running(None, component):
+        async with records.sessions() as session:
+            call = Call(id=1, prompt="p1")
+            session.add(call)
+            await session.flush()
+            rolled_back = str(call.task_id)
+            await session.rollback()
+        await records.add(2)
+        await records.becomes("queued", 2)
+        [task] = integration.create_async_tasks()
+        with pytest.raises(TaskNotFoundError):
+            await task.get_status(rolled_back)
+
+
+async def test_records_that_were_inserted_by_other_means_are_dispatched_too(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    async with records.sessions.begin() as session:
+        await session.execute(insert(Call), [{"id": 1, "prompt": "bulk"}])
+        await session.execute(text("INSERT INTO calls (id, prompt, kind) VALUES (2, 'sql', 'picture')"))
+    async with component, integration.dispatcher:
+        await records.becomes("completed", 1)
+        await records.becomes("completed", 2)
+    assert sorted(vendor.calls) == ["bulk", "sql"]
+
+
+async def test_sync_sessions_do_as_well(tmp_path, app: App, vendor: Vendor):
+    engine = create_engine(f"sqlite:///{tmp_path / 'records.db'}")
+    Base.metadata.create_all(engine)
+    sessions = sessionmaker(engine)
+    component = app.component()
+    mapping = RecordTask(record=Call, event=CallEvent, task=vendor.task(), params=lambda call: call.prompt)
+    integration = RecordIntegration(component, sessions, mapping, report_to=DirectReport(sessions))
+    component.register_all(integration.create_async_tasks())
+
+    def create() -> None:
+        with sessions.begin() as session:
+            session.add_all([Call(id=one, prompt=f"p{one}") for one in range(5)])
+
+    def completed() -> bool:
+        with sessions() as session:
+            return {call.status for call in session.scalars(select(Call))} == {"completed"}
+
+    async with component, AggregatedIntegration(integration).running(None, component):
+        await asyncio.to_thread(create)
+        await wait_until(lambda: asyncio.to_thread(completed), timeout=20)
+    assert sorted(vendor.calls) == [f"p{one}" for one in range(5)]
+    engine.dispose()
+
+
+async def test_classes_of_work_may_share_a_table(records: Records, vendor: Vendor):
+    async def film(prompt: str) -> str:
+        return f"video of {prompt}"
+
+    component = records.app.component()
+    integration = records.integration(
+        component,
+        records.mapping(vendor.task(), where=Call.kind == "picture"),
+        records.mapping(TemporalAsyncTask("film", film), where=Call.kind == "video"),
+    )
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    await records.add(2, kind="video")
+    async with component, integration.dispatcher:
+        assert (await records.becomes("completed", 1)).response == "url of p1"
+        assert (await records.becomes("completed", 2)).response == "video of p2"
+
+
+async def test_params_may_be_made_from_what_the_record_is_related_to(records: Records, vendor: Vendor):
+    async with records.sessions.begin() as session:
+        session.add(Call(id=1, prompt="cup", customer=Customer(id=1, name="Ada")))
+    component = records.app.component()
+    mapping = records.mapping(vendor.task(), params=lambda call: f"{call.prompt} for {call.customer.name}")
+    integration = records.integration(component, mapping)
+    component.register_all(integration.create_async_tasks())
+    async with component, integration.dispatcher:
+        assert (await records.becomes("completed")).response == "url of cup for Ada"
+
+
+# What goes wrong ------------------------------------------------------------------------------------------
+
+
+async def test_records_that_cannot_be_submitted_fail_with_the_reason_and_block_no_others(
+    records: Records, vendor: Vendor
+):
+    def params(call: Call) -> Any:
+        match call.prompt:
+            case "number":
+                return 5
+            case "large":
+                return "x" * 3_000_000
+            case "broken":
+                raise KeyError("no such field")
+            case "sql":  # takes the transaction down with it
+                return records_of(call).execute(text("SELECT no_such_column FROM calls"))
+            case prompt:
+                return prompt
+
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), params=params))
+    component.register_all(integration.create_async_tasks())
+    async with records.sessions.begin() as session:
+        for number, prompt in enumerate(["number", "large", "broken", "sql", "good"], 1):
+            session.add(Call(id=number, prompt=prompt))
+    async with component, integration.dispatcher:
+        await records.becomes("completed", 5)
+        for number, reason in enumerate(["ParamsError", "PayloadTooLargeError", "KeyError", "no_such_column"], 1):
+            call = await records.becomes("failed", number)
+            assert reason in call.error
+            assert (call.due_at, call.attempts) == (None, 0)
+            assert await records.told(number) == ["failed"]
+    assert vendor.calls == ["good"]
+
+
+def records_of(call: Call) -> Any:
+    from sqlalchemy.orm import object_session  # noqa: PLC0415
+
+    return object_session(call)
+
+
+async def test_a_record_whose_task_id_is_taken_fails_with_the_reason(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    async with component:
+        [task] = integration.create_async_tasks()
+        await task.run("other params", task_id=f"taken-{records.app.queue}", timeout=20)
+        await records.add(1, task_id=f"taken-{records.app.queue}")
+        async with integration.dispatcher:
+            call = await records.becomes("failed")
+    assert call.error.startswith("TaskConflictError")
+
+
+async def test_a_failed_run_is_resumed_from_its_last_finished_step(records: Records, vendor: Vendor):
+    uploads: list[str] = []
+
+    def upload(url: str) -> str:
+        uploads.append(url)
+        if len(uploads) < 3:
+            raise ConnectionError("no bucket")
+        return "stored"
+
+    async def draw(prompt: str) -> str:
+        return await step("upload", upload, await step("generate", vendor.generate, prompt))
+
+    component = records.app.component()
+    mapping = records.mapping(TemporalAsyncTask("draw", draw, retry_policy=NO_RETRY))
+    integration = records.integration(component, mapping)
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        call = await records.becomes("completed")
+    assert (call.response, call.attempts, call.error) == ("stored", 3, None)
+    tries = ["queued", "processing", "failed"]
+    assert await records.told() == [*tries, *tries, "queued", "processing", "completed"]
+    assert vendor.calls == ["p1"]
+    assert (await records.events())[2].payload == {
+        "error": "Step 'upload' failed after 1 attempt: ConnectionError: no bucket",
+        "error_type": "StepFailedError",
+        "retryable": True,
+    }
+
+
+async def test_a_record_is_tried_so_often_and_no_more_until_somebody_asks(records: Records, vendor: Vendor):
+    def fail(_: str) -> str:
+        raise ConnectionError("down")
+
+    vendor.answer = fail
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), max_attempts=2))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+
+    async def given_up() -> Call | None:
+        call = await records.get()
+        return call if call.status == "failed" and call.due_at is None else None
+
+    async with component, AggregatedIntegration(integration).running(None, component):
+        call = await wait_until(given_up, timeout=20)
+        assert (call.attempts, vendor.calls) == (2, ["p1", "p1"])
+        vendor.answer = lambda prompt: f"url of {prompt}"
+        async with records.sessions.begin() as session:
+            (await session.get_one(Call, 1)).try_again()
+        call = await records.becomes("completed")
+    assert (call.attempts, vendor.calls) == (3, ["p1"] * 3)
+
+
+@pytest.mark.parametrize(
+    "error", [NonRetryableError("no such model"), TypeError("a bug"), StepOutcomeUnknownError("pay", 1, "X", "lost")]
+)
+async def test_a_failure_that_another_try_cannot_mend_is_final_at_once(
+    records: Records, vendor: Vendor, error: Exception
+):
+    def fail(_: str) -> str:
+        raise error
+
+    vendor.answer = fail
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        call = await records.becomes("failed")
+        assert call.due_at is None
+        assert type(error).__name__ in call.error
+    assert (await records.events())[-1].payload["retryable"] is False
+
+
+async def test_a_cancelled_run_is_told_and_not_tried_again(records: Records, vendor: Vendor):
+    async def wait(_: str) -> None:
+        await asyncio.sleep(600)
+
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(TemporalAsyncTask("wait", wait, heartbeat_timeout=2)))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        call = await records.becomes("processing")
+        [task] = integration.create_async_tasks()
+        await task.cancel(call.task_id, "the customer left")
+        call = await records.becomes("failed")
+        await wait_until(lambda: is_failed(task, call.task_id), timeout=20)
+    assert (call.error, call.due_at) == ("the customer left", None)
+    assert await records.told() == ["queued", "processing", "failed"]
+
+
+async def is_failed(task: TemporalAsyncTask[Any, Any], task_id: Any) -> bool:
+    return (await task.get_status(task_id)).status is TaskStatus.FAILED
+
+
+async def test_a_run_that_was_terminated_is_found_out_by_asking(records: Records, vendor: Vendor):
+    async def wait(_: str) -> None:
+        await asyncio.sleep(600)
+
+    component = records.app.component()
+    mapping = records.mapping(TemporalAsyncTask("wait", wait), check_every=0.5)
+    integration = records.integration(component, mapping)
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        call = await records.becomes("processing")
+        await component.client.get_workflow_handle(str(call.task_id)).terminate("by hand")
+        call = await records.becomes("failed")
+    assert "terminated" in str(call.error)
+    assert (call.due_at, await records.told()) == (None, ["queued", "processing", "failed"])
+
+
+async def test_a_run_that_the_server_has_forgotten_is_submitted_again(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), check_every=0.5))
+    component.register_all(integration.create_async_tasks())
+    async with records.sessions.begin() as session:  # as of before the server's database was lost
+        session.add(Call(id=1, prompt="p1", status="queued", attempts=1, event_count=1, task_id="t1"))
+        session.add(CallEvent(task_id="t1", sequence=1, type="queued", at=utc_now(), payload={"attempt": 1}))
+    async with component, integration.dispatcher:
+        await records.becomes("completed")
+    assert await records.told() == ["queued", "failed", "queued", "processing", "completed"]
+
+
+async def test_asking_about_a_record_brings_it_up_to_date(records: Records, vendor: Vendor):
+    """Of a run that tells nothing itself, since its worker is of another kind."""
+    task = vendor.task()
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(task))
+    await records.add(1)
+    async with AggregatedIntegration(integration).running(None, component):
+        call = await records.becomes("queued")
+        async with records.app.component(task):
+            await task.result(str(call.task_id), timeout=20)
+            assert (await records.get()).status == "queued"
+            assert await integration.refresh(Call, 1)
+            assert (await records.get()).response == "url of p1"
+            assert not await integration.refresh(Call, 1)  # it has ended
+            assert not await integration.refresh(Call, 99)
+    assert await records.told() == ["queued", "completed"]
+
+
+async def test_while_the_server_is_down_records_wait_and_are_dispatched_when_it_is_back(
+    records: Records, vendor: Vendor, caplog: pytest.LogCaptureFixture
+):
+    server = DevServer()
+    async with server:
+        address = server.address
+        component = records.app.component(temporal_address=address)
+        integration = records.integration(component, records.mapping(vendor.task()))
+        component.register_all(integration.create_async_tasks())
+        async with AggregatedIntegration(integration).running(None, component):
+            await wait_until(lambda: component._client is not None, timeout=20)
+            server.kill()
+            with caplog.at_level(logging.WARNING):
+                await records.add(*range(1, 31))
+                await wait_until(lambda: "Records wait: ServerUnavailableError" in caplog.text, timeout=40)
+            states = {((call := await records.get(one)).status, call.attempts) for one in range(1, 31)}
+            assert states == {("pending", 0)}
+            await server.start()
+            async with records.app.component(*integration.create_async_tasks(), temporal_address=address):
+                for one in range(1, 31):
+                    await records.becomes("completed", one, timeout=40)
+    assert sorted(vendor.calls) == sorted(f"p{one}" for one in range(1, 31))
+
+
+async def test_a_dispatcher_that_starts_before_the_server_goes_on_when_it_is_there(records: Records, vendor: Vendor):
+    server = DevServer()
+    async with server:
+        address = server.address
+        await server.stop()
+        component = records.app.component(temporal_address=address)
+        integration = records.integration(component, records.mapping(vendor.task()))
+        await records.add(1)
+        async with AggregatedIntegration(integration).running(None, component):
+            await server.start()
+            await records.becomes("queued", timeout=40)
+
+
+# Claims ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_claim_is_one_callers_until_it_runs_out(records: Records, vendor: Vendor):
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(1, 2, 3)
+    first = await store.claim(TO_START, 2, timedelta(seconds=1))
+    second = await store.claim(TO_START, 5, timedelta(seconds=60))
+    assert (len(first), len(second)) == (2, 1)
+    assert {claim.key for claim in [*first, *second]} == {1, 2, 3}
+    assert await store.claim(TO_START, 5, timedelta(seconds=60)) == []
+    again = await wait_until(lambda: store.claim(TO_START, 5, timedelta(seconds=60)))
+    assert {claim.key for claim in again} <= {claim.key for claim in first}
+    assert {claim.claims for claim in again} == {2}
+
+
+async def test_many_that_claim_at_once_get_each_record_once(records: Records, vendor: Vendor):
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(*range(100))
+    got: list[int] = []
+
+    async def claim_all() -> None:
+        while claims := await store.claim(TO_START, 7, timedelta(seconds=600)):
+            got.extend(claim.key for claim in claims)
+
+    await asyncio.gather(*(claim_all() for _ in range(8)))
+    # PostgreSQL leaves out rows that another one is claiming: nothing is left, and nothing is there twice.
+    while claims := await store.claim(TO_START, 50, timedelta(seconds=600)):
+        got.extend(claim.key for claim in claims)
+    assert sorted(got) == list(range(100))
+
+
+async def test_a_record_that_takes_its_dispatcher_down_each_time_is_given_up(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, claims=10)
+    await records.add(2)
+    async with component, integration.dispatcher:
+        call = await records.becomes("failed", 1)
+        await records.becomes("completed", 2)
+    assert "claimed 10 times" in str(call.error)
+
+
+async def test_a_dispatcher_that_is_killed_between_submit_and_commit_loses_nothing(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component:
+        [mapping] = integration.records
+        [claim] = await records.store(mapping).claim(TO_START, 5, timedelta(seconds=1))
+        await mapping.task.submit(claim.params, task_id=claim.task_id)  # ... and it dies here
+        async with integration.dispatcher:
+            await records.becomes("completed")
+    assert await records.told() == ["queued", "processing", "completed"]
+    assert vendor.calls == ["p1"]
+
+
+async def test_a_dispatcher_without_its_task_is_refused(records: Records, vendor: Vendor):
+    dispatcher = Dispatcher(records.app.component(), records.sessions, records.mapping(vendor.task()))
+    with pytest.raises(TaskNotRegisteredError, match="'draw'"):
+        await dispatcher.start()
+    with pytest.raises(TaskNotRegisteredError, match="'draw'"):
+        await dispatcher.run()
+
+
+async def test_a_flood_waits_in_the_database_and_not_in_the_queue(records: Records, vendor: Vendor):
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), max_backlog=15), batch=10)
+    await records.add(*range(60))
+    async with AggregatedIntegration(integration).running(None, component):
+
+        async def queued() -> int:
+            async with records.sessions() as session:
+                return len((await session.scalars(select(Call).where(Call.status == "queued"))).all())
+
+        await wait_until(lambda: queued_is(queued, 15), timeout=20)
+        await asyncio.sleep(1)
+        assert await queued() == 15
+        async with records.app.component(*integration.create_async_tasks()):
+            for one in range(60):
+                await records.becomes("completed", one, timeout=40)
+
+
+async def queued_is(queued: Callable[[], Any], number: int) -> bool:
+    return bool(await queued() == number)
+
+
+# Reports that arrive --------------------------------------------------------------------------------------
+
+
+def events(*kinds: RecordStatus | tuple[RecordStatus, dict[str, Any]], first: int = 1) -> tuple[ReportedEvent, ...]:
+    pairs = [kind if isinstance(kind, tuple) else (kind, {}) for kind in kinds]
+    return tuple(
+        ReportedEvent(sequence=number, type=kind, at=utc_now(), payload=payload)
+        for number, (kind, payload) in enumerate(pairs, first)
+    )
+
+
+PROCESSING, COMPLETED, FAILED = RecordStatus.PROCESSING, RecordStatus.COMPLETED, RecordStatus.FAILED
+KNOWN = (PROCESSING, {"external_id": "job-1"})
+DONE = (COMPLETED, {"result": {"url": "x"}})
+BROKEN = (FAILED, {"error": "503", "error_type": "E", "retryable": False})
+
+
+class WebProcess:
+    """The receiving side, called without a network."""
+
+    def __init__(self, records: Records, vendor: Vendor) -> None:
+        component = records.app.component()
+        callback = Callback("http://web/integrations/reports", SECRET)
+        integration = records.integration(component, records.mapping(vendor.task()), report_to=callback)
+        app = FastAPI()
+        AggregatedIntegration(integration).mount(app)
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://web")
+
+    async def post(self, body: bytes, *, signature: str | None = None) -> httpx.Response:
+        headers = {SIGNATURE_HEADER: sign(body, SECRET) if signature is None else signature}
+        return await self._client.post("/integrations/reports", content=body, headers=headers)
+
+    async def report(self, *kinds: Any, generation: int = 1, first: int = 1, task_id: str = "t1") -> httpx.Response:
+        told = events(*kinds, first=first)
+        return await self.post(Report(task="draw", task_id=task_id, generation=generation, events=told).encode())
+
+
+@pytest.fixture
+async def web(records: Records, vendor: Vendor) -> WebProcess:
+    await records.add(1, task_id="t1")
+    return WebProcess(records, vendor)
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert set(answer.json()) == {"type", "title", "status", "detail", "code"}
+    assert "Traceback" not in answer.text
+    return answer.status_code, answer.json()["code"]
+
+
+async def test_reports_are_applied_in_order_and_once(web: WebProcess, records: Records):
+    assert (await web.report(PROCESSING)).json() == {"applied": 1}
+    assert (await web.report(PROCESSING)).json() == {"applied": 0}
+    assert (await web.report(PROCESSING, KNOWN, DONE)).json() == {"applied": 2}
+    assert (await web.report(PROCESSING, KNOWN)).json() == {"applied": 0}  # delayed on its way
+    assert (await web.report(PROCESSING, KNOWN, DONE)).json() == {"applied": 0}
+    assert await records.told() == ["queued", "processing", "processing", "completed"]
+    call = await records.get()
+    assert (call.external_id, call.response) == ("job-1", {"url": "x"})
+
+
+async def test_a_report_that_arrives_twice_at_the_same_time_is_applied_once(web: WebProcess, records: Records):
+    answers = await asyncio.gather(*(web.report(PROCESSING, KNOWN, DONE) for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert sum(answer.json()["applied"] for answer in answers) == 3
+    assert await records.told() == ["queued", "processing", "processing", "completed"]
+
+
+async def test_an_event_out_of_order_is_refused_and_changes_nothing(web: WebProcess, records: Records):
+    assert code(await web.report(DONE, first=3)) == (409, "out_of_order")
+    assert code(await web.report(DONE, PROCESSING)) == (409, "out_of_order")
+    assert await records.told() == []
+    assert (await records.get()).status == "pending"
+    await web.report(PROCESSING, DONE)
+    assert code(await web.report(PROCESSING, DONE, BROKEN)) == (409, "out_of_order")
+    assert (await records.get()).status == "completed"
+
+
+async def test_a_run_that_was_resumed_by_hand_tells_its_events_anew(web: WebProcess, records: Records):
+    await web.report(PROCESSING, BROKEN)
+    assert (await web.report(PROCESSING, DONE, generation=2)).json() == {"applied": 2}
+    assert (await web.report(PROCESSING, BROKEN, generation=1)).json() == {"applied": 0}
+    assert await records.told() == ["queued", "processing", "failed", "queued", "processing", "completed"]
+    assert (await records.get()).attempts == 2
+
+
+async def test_what_was_not_signed_with_the_secret_or_long_ago_is_refused(web: WebProcess, records: Records):
+    body = Report(task="draw", task_id="t1", generation=1, events=events(PROCESSING)).encode()
+    assert code(await web.post(body, signature="")) == (401, "signature_missing")
+    other = sign(body, "another secret, as long")
+    assert code(await web.post(body, signature=other)) == (401, "signature_wrong")
+    assert code(await web.post(body + b" ", signature=sign(body, SECRET))) == (401, "signature_wrong")
+    old = utc_now().timestamp() - 400
+    assert code(await web.post(body, signature=sign(body, SECRET, timestamp=old))) == (401, "timestamp_old")
+    assert await records.told() == []
+
+
+async def test_an_unknown_record_and_what_is_no_report_are_told(web: WebProcess):
+    assert code(await web.report(PROCESSING, task_id="nobody's")) == (404, "unknown_record")
+    unknown_task = Report(task="paint", task_id="t1", generation=1, events=events(PROCESSING)).encode()
+    assert code(await web.post(unknown_task)) == (404, "unknown_record")
+    for body in (b"", b"{}", b"\xff", json.dumps({"task": "draw"}).encode(), b"[" * 10_000):
+        assert code(await web.post(body)) == (400, "malformed")
+    assert code(await web.post(b" " * 7_000_000)) == (413, "too_large")
+
+
+async def test_a_database_that_is_away_is_told_without_details(records: Records, vendor: Vendor, engine: AsyncEngine):
+    web = WebProcess(records, vendor)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+    assert code(await web.report(PROCESSING)) == (503, "unavailable")
+
+
+# Settings -------------------------------------------------------------------------------------------------
+
+
+def test_a_mapping_that_cannot_work_is_refused(vendor: Vendor):
+    class Plain(Base):
+        __tablename__ = "plain"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        status: Mapped[str]
+
+    def mapping(**options: Any) -> RecordTask[Any]:
+        settings = {"record": Call, "event": CallEvent, "task": vendor.task(), "params": str}
+        return RecordTask(**(settings | options))
+
+    with pytest.raises(ConfigError, match=r"Plain lacks attempts, .*APICallMixin"):
+        mapping(record=Plain)
+    with pytest.raises(ConfigError, match=r"Call lacks sequence, .*IntegrationEventMixin"):
+        mapping(event=Call)
+    with pytest.raises(ConfigError, match="mapped class"):
+        mapping(record=dict)
+    with pytest.raises(ConfigError, match="max_backlog"):
+        mapping(max_backlog=0)
+    with pytest.raises(ConfigError, match="check_every"):
+        mapping(check_every=0)
+
+
+def test_a_pool_of_asyncio_connections_is_refused_where_loops_would_share_it():
+    pooled = async_sessionmaker(make_engine("postgresql+asyncpg://nobody@127.0.0.1:1/none"))
+    with pytest.raises(ConfigError, match="NullPool"):
+        DirectReport(pooled)
+    DirectReport(sessionmaker())
+    with pytest.raises(ConfigError, match="sessionmaker"):
+        DirectReport(AsyncSession())  # type: ignore[arg-type]
