@@ -1,15 +1,16 @@
 """A small application with records that run tasks. As a program: its web process, its worker, its dispatcher.
 
-``python records_app.py web|worker|dispatcher``, with the environment that ``Records.env`` makes.
+``python records_app.py web|worker|dispatcher``, with the environment that ``RecordsProcess`` makes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +25,7 @@ from temporal_async_task import (
     RetryPolicy,
     TemporalAsyncTask,
     current_run,
+    current_step,
     step,
 )
 from temporal_async_task.integrations.base import AggregatedIntegration
@@ -73,8 +75,8 @@ def drawing(log: CallLog, pause: float) -> TemporalAsyncTask[str, str]:
     """A paid call whose outcome is asked for by an id, and a second step."""
 
     async def generate(prompt: str) -> str:
-        # As a vendor with idempotency keys: the same one is one job.
-        log.note("generate", current_run().task_id, prompt)
+        # A vendor with idempotency keys: calls with the same one are one generation.
+        log.note("generate", current_run().task_id, prompt, current_step().idempotency_key)
         return f"job-of-{prompt}"
 
     async def store(job: str) -> str:
@@ -145,6 +147,44 @@ def dispatcher() -> None:
         await Dispatcher(parts.component, parts.sessions, *parts.integration.records, lease=3, batch=10).run()
 
     asyncio.run(dispatch())
+
+
+class RecordsProcess:
+    """One of the application's processes, which may be killed and started again."""
+
+    def __init__(self, role: str, env: dict[str, str], log: Path) -> None:
+        self._command = [sys.executable, __file__, role]
+        self._env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **env}
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def terminate(self) -> int:
+        """End it in order, and return its exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        status = self._process.wait(30)
+        self._process = None
+        return status
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
 
 if __name__ == "__main__":

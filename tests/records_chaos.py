@@ -1,0 +1,185 @@
+"""Records of an application whose processes and Temporal server are killed at random: what is left in the end.
+
+``python tests/records_chaos.py 200 [sqlite|postgresql]`` runs it in full and prints what was seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.pool import NullPool
+
+from postgres import PrivatePostgres
+from records_app import Base, Call, CallEvent, RecordsProcess, drawing, make_engine
+from support import CallLog
+from temporal_async_task import AsyncTaskComponent, AsyncTaskComponentConfig, TaskStatus
+from temporal_async_task.devserver import DevServer
+from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
+from temporal_async_task.integrations.sqlalchemy.mixins import state_of
+
+
+@dataclass
+class Seen:
+    """What was seen in the end."""
+
+    calls: int
+    seconds: float = 0.0
+    kills: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[int] = field(default_factory=Counter)
+    runs: int = 0
+    """Of the task, on the server."""
+    wrong: list[str] = field(default_factory=list)
+    """Records whose events, columns and run do not agree."""
+    generations: Counter[int] = field(default_factory=Counter)
+    """How many records had so many generations (different idempotency keys) at the vendor."""
+    repeated_calls: int = 0
+    """Calls in flight when their worker was killed, made again with the same idempotency key."""
+
+
+class Chaos:
+    """The application, its processes, and what kills them."""
+
+    def __init__(self, folder: Path, url: str, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._folder = folder
+        self._url = url
+        self._server = DevServer(db_path=folder / "temporal.db")
+        self._log = CallLog(folder / "calls.log")
+        self._port = _free_port()
+        self._processes: dict[str, RecordsProcess] = {}
+
+    async def run(self, calls: int, *, kills: int, patience: float) -> Seen:
+        """Create records while everything is killed in turn; then wait for the last to end."""
+        seen = Seen(calls)
+        began = time.monotonic()
+        engine = make_engine(self._url, poolclass=NullPool)
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        sessions = async_sessionmaker(engine)
+        async with self._server:
+            env = {
+                "DATABASE_URL": self._url,
+                "CALL_LOG": str(self._log.path),
+                "PORT": str(self._port),
+                "CALLBACK_URL": f"http://127.0.0.1:{self._port}/integrations/reports",
+                "TEMPORAL_ADDRESS": self._server.address,
+                "TEMPORAL_TASK_QUEUE": "chaos",
+                "PAUSE": "0.2",
+            }
+            roles = {"web": "web", "worker": "worker", "worker-2": "worker", "dispatcher": "dispatcher"}
+            for name, role in roles.items():
+                self._processes[name] = RecordsProcess(role, env, self._folder / f"{name}.log")
+                self._processes[name].start()
+            try:
+                creating = asyncio.create_task(self._create(calls))
+                for _ in range(kills):
+                    await asyncio.sleep(self._random.uniform(0.3, 1.2))
+                    await self._kill_one(seen)
+                await creating
+                deadline = time.monotonic() + patience
+                while time.monotonic() < deadline:
+                    async with sessions() as session:
+                        found = (await session.scalars(select(Call.status))).all()
+                    if len(found) == calls and set(found) <= {"completed"}:
+                        break
+                    await asyncio.sleep(0.2)
+                seen.seconds = time.monotonic() - began
+                await self._compare(sessions, seen)
+            finally:
+                for process in self._processes.values():
+                    process.kill()
+        await engine.dispose()
+        return seen
+
+    async def _create(self, calls: int) -> None:
+        """As a client that goes on until it gets an answer: the id is its own."""
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=10) as client:
+            for number in range(calls):
+                while True:
+                    with contextlib.suppress(httpx.HTTPError):
+                        if (await client.put(f"/calls/c{number}")).status_code == 200:
+                            break
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(self._random.uniform(0, 0.05))
+
+    async def _kill_one(self, seen: Seen) -> None:
+        name = self._random.choice([*self._processes, "server"])
+        seen.kills[name] += 1
+        pause = self._random.uniform(0, 1)
+        if name == "server":
+            self._server.kill()
+            await asyncio.sleep(pause)
+            await self._server.start()
+        else:
+            self._processes[name].kill()
+            await asyncio.sleep(pause)
+            self._processes[name].start()
+
+    async def _compare(self, sessions: async_sessionmaker, seen: Seen) -> None:
+        component = AsyncTaskComponent(AsyncTaskComponentConfig(temporal_address=self._server.address))
+        task = drawing(self._log, 0)
+        component.register(task)
+        await component.connect()
+        async with sessions() as session:
+            calls = (await session.scalars(select(Call))).all()
+            events = defaultdict(list)
+            for event in await session.scalars(select(CallEvent).order_by(CallEvent.sequence)):
+                events[event.task_id].append(event)
+        vendor = defaultdict(list)
+        for _, _, prompt, key in self._log.lines():
+            vendor[prompt].append(key)
+        runs = {run.task_id async for run in task.list(limit=None)}
+        seen.runs = len(runs)
+        for call in calls:
+            seen.statuses[call.status] += 1
+            seen.attempts[call.attempts] += 1
+            run = await task.get_status(str(call.task_id))
+            own = events.pop(call.task_id, [])
+            state = state_after(Event(RecordStatus(event.type), event.at, event.payload) for event in own)
+            agrees = (
+                [event.sequence for event in own] == list(range(1, len(own) + 1))
+                and own == sorted(own, key=lambda event: event.sequence)
+                and state == state_of(call)
+                and run.status is TaskStatus.COMPLETED
+                and run.result == call.response
+                and call.task_id in runs
+            )
+            if not agrees:
+                seen.wrong.append(f"{call.id}: {call.status}, run {run.status}, {[event.type for event in own]}")
+            keys = vendor.pop(call.prompt, [])
+            seen.generations[len(set(keys))] += 1
+            seen.repeated_calls += len(keys) - len(set(keys))
+        seen.wrong += [f"an event of nobody: {one}" for one in events] + [f"a call for nobody: {one}" for one in vendor]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+async def _main(calls: int, kind: str) -> None:
+    seed = int(time.time())
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        url = f"sqlite+aiosqlite:///{folder}/records.db"
+        if kind == "postgresql":
+            url = stack.enter_context(PrivatePostgres()).create("records")
+        seen = await Chaos(Path(folder), url, seed).run(calls, kills=40, patience=180)
+    print(kind, seed, seen)  # noqa: T201
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "sqlite"))
