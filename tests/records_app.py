@@ -98,7 +98,11 @@ class Parts:
     def __init__(self) -> None:
         self.engine = make_engine(os.environ["DATABASE_URL"])
         self.sessions = async_sessionmaker(self.engine, expire_on_commit=False)
-        self.component = AsyncTaskComponent(AsyncTaskComponentConfig.load(graceful_shutdown_timeout=1))
+        self.component = AsyncTaskComponent(
+            AsyncTaskComponentConfig.load(
+                graceful_shutdown_timeout=1, max_concurrent_tasks=int(os.environ.get("SLOTS", "200"))
+            )
+        )
         log = CallLog(Path(os.environ["CALL_LOG"]))
         self.records = RecordTask(
             record=Call,
