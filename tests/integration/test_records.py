@@ -540,6 +540,16 @@ async def test_many_that_claim_at_once_get_each_record_once(records: Records, ve
     assert sorted(got) == list(range(100))
 
 
+async def test_many_that_claim_at_once_keep_the_limit_together(records: Records, vendor: Vendor):
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(*range(100))
+    lease = timedelta(seconds=600)
+    claimed = await asyncio.gather(*(store.claim(TO_START, 10, lease, max_waiting=25) for _ in range(8)))
+    assert sum(map(len, claimed)) == 25
+    assert await store.claim(TO_START, 10, lease, max_waiting=25) == []
+    assert len(await store.claim(TO_START, 10, lease, max_waiting=26)) == 1
+
+
 async def test_a_record_that_takes_its_dispatcher_down_each_time_is_given_up(records: Records, vendor: Vendor):
     component = records.app.component()
     integration = records.integration(component, records.mapping(vendor.task()))

@@ -192,24 +192,19 @@ class Dispatcher:
         return worked
 
     async def _start(self, store: RecordStore) -> bool:
-        room = await self._room(store)
+        records = store.records
+        # The server's count lags behind, and the database's knows of records only: both have to leave room.
+        room = records.max_backlog - await backlog(self._component.client, records.task.task_queue)
         if room <= 0:
             return False
-        claims = await store.claim(TO_START, min(room, self._batch), self._lease)
+        limit = min(room, self._batch)
+        claims = await store.claim(TO_START, limit, self._lease, max_waiting=records.max_backlog)
         outcomes = await _each(claims, lambda claim: self._submit(store, claim))
         await store.settle(outcomes)
         for outcome in outcomes:
             if outcome.trouble is not None:
                 raise outcome.trouble
         return bool(claims)
-
-    async def _room(self, store: RecordStore) -> int:
-        """How many records may be started. The server's count lags behind; the database's knows only of records."""
-        records = store.records
-        waiting = await store.waiting()
-        if waiting < records.max_backlog:
-            waiting = max(waiting, await backlog(self._component.client, records.task.task_queue))
-        return records.max_backlog - waiting
 
     async def _submit(self, store: RecordStore, claim: Claim) -> Settled:
         task = store.records.task

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import false, func, inspect, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
@@ -24,7 +24,7 @@ from temporal_async_task.status import TaskResult, TaskStatus
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from sqlalchemy.orm import Session
+    from sqlalchemy.orm import Mapper, Session
 
     from temporal_async_task.integrations.sqlalchemy.mapping import RecordTask
     from temporal_async_task.integrations.sqlalchemy.sessions import Database
@@ -90,34 +90,40 @@ class RecordStore:
 
     # Claiming
 
-    async def waiting(self) -> int:
-        """How many records were started and have not begun, or are being started just now."""
-        record = self.records.record
-
-        def count(session: Session) -> int:
-            being_started = (record.status.in_(TO_START)) & (record.claims > 0) & (record.due_at > utc_now())
-            query = select(func.count()).where(
-                *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
-            )
-            return session.execute(query).scalar_one()
-
-        return await self.database.read(count)
-
-    async def claim(self, statuses: Collection[RecordStatus], limit: int, lease: timedelta) -> list[Claim]:
+    async def claim(
+        self, statuses: Collection[RecordStatus], limit: int, lease: timedelta, *, max_waiting: int | None = None
+    ) -> list[Claim]:
         """Claim records that are due, each for this caller only, for as long as the lease.
 
         A claim holds no lock. Whoever made it may die: when it has run out, the record is due again.
+
+        Args:
+            statuses: Only records with one of these.
+            limit: How many at most.
+            lease: How long the claims hold.
+            max_waiting: How many there may be, with these, that were started and have not begun. Claims with this
+                limit are made one after the other, by whichever process, so that together they keep it.
         """
-        keys = await self.database.run(lambda session: self._claim(session, statuses, limit, lease))
+        keys = await self.database.run(lambda session: self._claim(session, statuses, limit, lease, max_waiting))
         if not keys:
             return []
         with_params = RecordStatus.PENDING in statuses
         return await self.database.read(lambda session: self._claimed(session, keys, with_params=with_params))
 
     def _claim(
-        self, session: Session, statuses: Collection[RecordStatus], limit: int, lease: timedelta
+        self,
+        session: Session,
+        statuses: Collection[RecordStatus],
+        limit: int,
+        lease: timedelta,
+        max_waiting: int | None,
     ) -> Sequence[Any]:
         record, key, now = self.records.record, self.records.key, utc_now()
+        if max_waiting is not None:
+            self._take_turn(session)
+            limit = min(limit, max_waiting - self._waiting(session, now))
+            if limit <= 0:
+                return []
         due = (
             select(key.label("key"))
             .where(*self.records.criteria(), record.status.in_(statuses), record.due_at <= now)
@@ -129,7 +135,8 @@ class RecordStore:
         )
         claimed = cast("Any", update(record).where(key.in_(select(due.c.key))))
         claimed = claimed.values(due_at=now + lease, claims=record.claims + 1).returning(key, record.task_id)
-        rows: list[Any] = list(session.execute(claimed.execution_options(synchronize_session=False)))
+        result = cast("Any", session.execute(claimed.execution_options(synchronize_session=False)))
+        rows: list[Any] = result.all()
         for found, task_id in rows:
             if task_id is None:  # inserted by something else than this mapping
                 session.execute(
@@ -139,6 +146,33 @@ class RecordStore:
                     .execution_options(synchronize_session=False)
                 )
         return [row[0] for row in rows]
+
+    def _take_turn(self, session: Session) -> None:
+        """Wait until no other transaction claims records of this class with a limit."""
+        if session.get_bind().dialect.name == "postgresql":
+            session.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"async-task {self._table}"))))
+        else:
+            self._begin_writing(session, false())
+
+    def _waiting(self, session: Session, now: datetime) -> int:
+        """How many records were started and have not begun, or are being started just now."""
+        record = self.records.record
+        being_started = record.status.in_(TO_START) & (record.claims > 0) & (record.due_at > now)
+        query = select(func.count()).where(
+            *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
+        )
+        return session.execute(query).scalar_one()
+
+    def _begin_writing(self, session: Session, criterion: Any) -> None:
+        """Make this transaction the only one that writes: on SQLite, its first write does."""
+        record = self.records.record
+        nothing = update(record).where(criterion).values(event_count=record.event_count)
+        session.execute(nothing.execution_options(synchronize_session=False))
+
+    @property
+    def _table(self) -> str:
+        mapper: Mapper[Any] = inspect(self.records.record)
+        return str(mapper.local_table)
 
     def _claimed(self, session: Session, keys: Sequence[Any], *, with_params: bool) -> list[Claim]:
         claims: list[Claim] = []
@@ -255,13 +289,7 @@ class RecordStore:
         """Records that nobody else changes before this transaction has ended."""
         record, key = self.records.record, self.records.key
         if session.get_bind().dialect.name == "sqlite":
-            # Its first write makes a transaction the only one that writes.
-            session.execute(
-                update(record)
-                .where(criterion)
-                .values(event_count=record.event_count)
-                .execution_options(synchronize_session=False)
-            )
+            self._begin_writing(session, criterion)
         query = select(record).where(criterion).order_by(key).with_for_update()
         return session.scalars(query.execution_options(populate_existing=True)).all()
 
