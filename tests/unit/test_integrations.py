@@ -41,6 +41,9 @@ class Effect:
     def install(self) -> None:
         self.installed += 1
 
+    def remove(self) -> None:
+        self.installed -= 1
+
 
 class Header:
     def __init__(self, app: Any, name: str) -> None:
@@ -96,6 +99,7 @@ async def test_the_web_process_takes_all_parts_in_order_and_leaves_them_in_rever
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
             assert (await client.get("/two")).json() == ["one", "two"]  # the first middleware is the outermost
     assert log[4:] == ["two torn down", "one torn down"]
+    assert (one.effect.installed, two.effect.installed) == (0, 0)
 
 
 def test_the_worker_process_takes_the_tasks_only():

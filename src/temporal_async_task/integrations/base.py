@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from temporal_async_task.errors import ConfigError, DuplicateTaskError, ServerUnavailableError
 
@@ -36,12 +36,15 @@ _PARTS = (
 )
 
 
-@runtime_checkable
 class SideEffect(Protocol):
     """Something that is to happen when records change, as ``RecordMutationSideEffect``."""
 
     def install(self) -> None:
         """Begin to listen. Doing it twice is doing it once."""
+        ...
+
+    def remove(self) -> None:
+        """Listen no more."""
         ...
 
 
@@ -83,8 +86,8 @@ class AggregatedIntegration:
 
     In the web process::
 
-        integration.mount(app)                                      # routers and middlewares
-        app = FastAPI(lifespan=integration.lifespan(component))     # or: async with integration.running(app, component)
+        app = FastAPI(lifespan=integration.lifespan(component))  # or: async with integration.running(app, component)
+        integration.mount(app)                                   # routers and middlewares
 
     In the worker process::
 
@@ -171,16 +174,19 @@ class AggregatedIntegration:
             for task in self.create_async_tasks():
                 component.register(task)
         await self.configure()
-        for effect in self.create_side_effects():
-            effect.install()
         connecting = asyncio.create_task(connect(component))
+        effects = self.create_side_effects()
         try:
+            for effect in effects:
+                effect.install()
             await self.setup(app)
             try:
                 yield
             finally:
                 await self.teardown(app)
         finally:
+            for effect in effects:
+                effect.remove()
             connecting.cancel()
             await asyncio.wait((connecting,))
 

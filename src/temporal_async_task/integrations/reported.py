@@ -17,8 +17,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast
 
-from pydantic_core import to_jsonable_python
-
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.failures import only_leaf
 from temporal_async_task.errors import (
@@ -29,7 +27,7 @@ from temporal_async_task.errors import (
     TaskCancelledError,
 )
 from temporal_async_task.integrations.lifecycle import RecordStatus
-from temporal_async_task.integrations.reports import Report, ReportedEvent, utc_now
+from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, utc_now
 from temporal_async_task.retry import RetryPolicy, Verdict, decide
 from temporal_async_task.status import StepState
 from temporal_async_task.steps import check_text, runner_var, step
@@ -174,7 +172,7 @@ class ReportedTask(TemporalAsyncTask[P, R], Generic[P, R]):
                     raise
                 error = raised
             else:
-                payload = {"result": to_jsonable_python(result, bytes_mode="base64", fallback=repr)}
+                payload = {"result": as_json(result)}
                 await reporting.tell(runner.journal, RecordStatus.COMPLETED, payload, after=RESULT, key=COMPLETED)
                 return result
             failure = await step(failed, _keep_failure, _failure_of(error, self.retry_policy))

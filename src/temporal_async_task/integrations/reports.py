@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from temporal_async_task.errors import ReportRefusedError
 from temporal_async_task.integrations.lifecycle import RecordStatus
@@ -73,6 +74,14 @@ class Reporter(Protocol):
             Exception: It could not be reached, or could not apply it now: the report is sent again.
         """
         ...
+
+
+def as_json(value: Any) -> Any:
+    """A result as JSON has it: bytes in base64 (in pydantic models, as the model says), and else what ``repr`` says."""
+    try:
+        return to_jsonable_python(value, bytes_mode="base64", fallback=repr)
+    except ValueError:  # with pydantic's errors: the task's own data converter has words for it
+        return repr(value)
 
 
 def utc_now() -> datetime:

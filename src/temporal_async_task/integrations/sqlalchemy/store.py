@@ -11,13 +11,12 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
-from pydantic_core import to_jsonable_python
 from sqlalchemy import false, func, inspect, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
-from temporal_async_task.integrations.reports import Report, utc_now
+from temporal_async_task.integrations.reports import Report, as_json, utc_now
 from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
 from temporal_async_task.status import TaskResult, TaskStatus
 
@@ -328,7 +327,7 @@ def _event_of(run: TaskResult[Any] | TaskNotFoundError) -> Event | None:
         case TaskStatus.PROCESSING:
             return Event(RecordStatus.PROCESSING, run.started_at or utc_now())
         case TaskStatus.COMPLETED:
-            result = to_jsonable_python(run.result, bytes_mode="base64", fallback=repr)
+            result = as_json(run.result)
             return Event(RecordStatus.COMPLETED, run.completed_at or utc_now(), {"result": result})
         case TaskStatus.FAILED:
             payload = {"error": run.error or "", "error_type": run.error_type or "Error"}
