@@ -175,13 +175,10 @@ class RecordsProcess:
             self._process.wait()
             self._process = None
 
-    def terminate(self) -> int:
-        """End it in order, and return its exit status."""
-        assert self._process is not None
-        self._process.terminate()
-        status = self._process.wait(30)
-        self._process = None
-        return status
+    def revive(self) -> None:
+        """Start it again if it has ended by itself, as a supervisor does: a worker gives up if it finds no server."""
+        if self._process is not None and self._process.poll() is not None:
+            self.start()
 
     def __enter__(self) -> Self:
         self.start()

@@ -91,6 +91,8 @@ class Chaos:
                 await creating
                 deadline = time.monotonic() + patience
                 while time.monotonic() < deadline:
+                    for process in self._processes.values():
+                        process.revive()
                     async with sessions() as session:
                         found = (await session.scalars(select(Call.status))).all()
                     if len(found) == calls and set(found) <= {"completed"}:

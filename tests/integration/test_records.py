@@ -446,8 +446,9 @@ async def test_a_run_that_the_server_has_forgotten_is_submitted_again(records: R
     integration = records.integration(component, records.mapping(vendor.task(), check_every=0.5))
     component.register_all(integration.create_async_tasks())
     async with records.sessions.begin() as session:  # as of before the server's database was lost
-        session.add(Call(id=1, prompt="p1", status="queued", attempts=1, event_count=1, task_id="t1"))
-        session.add(CallEvent(task_id="t1", sequence=1, type="queued", at=utc_now(), payload={"attempt": 1}))
+        task_id = f"forgotten-{records.app.queue}"
+        session.add(Call(id=1, prompt="p1", status="queued", attempts=1, event_count=1, task_id=task_id))
+        session.add(CallEvent(task_id=task_id, sequence=1, type="queued", at=utc_now(), payload={"attempt": 1}))
     async with component, integration.dispatcher:
         await records.becomes("completed")
     assert await records.told() == ["queued", "failed", "queued", "processing", "completed"]
