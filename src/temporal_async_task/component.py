@@ -219,7 +219,7 @@ class _Workers:
 
     def __init__(self, config: AsyncTaskComponentConfig, registry: Registry, client: Client) -> None:
         self._grace = seconds(config.graceful_shutdown_timeout)
-        self._loops = UserLoops()
+        self._loops = UserLoops(shared=not config.event_loop_per_run)
         self._threads = DaemonThreads(config.max_concurrent_tasks)
         raw = raw_client(client)
         self._activity = AttemptActivity(registry, raw, client.data_converter, self._loops, self._threads)

@@ -44,6 +44,8 @@ class AsyncTaskComponentConfig:
         target_cpu: With ``target_memory``: take tasks by resource use instead of by a fixed number, up to
             this fraction of the CPU (over 0, up to 1).
         target_memory: The same of the memory. Both or neither.
+        event_loop_per_run: Give each run an event loop of its own, and not one to all async code. Code that blocks then
+            holds up no other run, but a client (``httpx.AsyncClient``, say) must not be shared by runs.
         graceful_shutdown_timeout: How long running steps may take to finish when the worker stops; seconds,
             or a ``timedelta``, which is kept as seconds.
         data_converter: Turns params and results into payloads and back.
@@ -63,6 +65,7 @@ class AsyncTaskComponentConfig:
     max_concurrent_tasks: int = 200
     target_cpu: float | None = None
     target_memory: float | None = None
+    event_loop_per_run: bool = False
     graceful_shutdown_timeout: float | timedelta = 30.0
     data_converter: DataConverter = field(default=pydantic_data_converter, repr=False)
     tls: bool | TLSConfig | None = field(default=None, repr=False)
@@ -101,7 +104,8 @@ class AsyncTaskComponentConfig:
 
         A deploy file (``config/deploy.*.json``) is read only where ``file`` or the variable
         ``ASYNC_TASK_CONFIG`` names it; none is looked for. Its block ``components.asyncTask`` may give
-        ``maxConcurrentTasks``, ``targetCpu``, ``targetMemory`` and ``gracefulShutdownTimeout`` (seconds);
+        ``maxConcurrentTasks``, ``targetCpu``, ``targetMemory``, ``eventLoopPerRun`` and
+        ``gracefulShutdownTimeout`` (seconds);
         ``middlewareDependencies.temporal`` in it may give ``endpoint``, ``config.namespace`` and
         ``config.taskQueue``. Next to a deploy file, the TOML file in the default place is read only if a
         profile is named, so that a developer's own credentials do not go to the deploy file's server.
@@ -248,6 +252,7 @@ _DEPLOY_BLOCKS: dict[str, tuple[dict[str, str], set[str]]] = {
             "maxConcurrentTasks": "max_concurrent_tasks",
             "targetCpu": "target_cpu",
             "targetMemory": "target_memory",
+            "eventLoopPerRun": "event_loop_per_run",
             "gracefulShutdownTimeout": "graceful_shutdown_timeout",
         },
         {"deploymentType", "replicas", "host", "middlewareDependencies"},
@@ -334,6 +339,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and _is_number(value) and value >= 1
 
@@ -387,6 +396,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_concurrent_tasks": (_is_count, "a whole number from 1 on"),
     "target_cpu": _FRACTION,
     "target_memory": _FRACTION,
+    "event_loop_per_run": (_is_flag, "True or False"),
     "graceful_shutdown_timeout": (_is_duration, "a time over 0, in seconds or as a timedelta"),
     "data_converter": (_is_converter, "a temporalio.converter.DataConverter"),
     "tls": (

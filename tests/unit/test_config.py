@@ -284,6 +284,7 @@ def test_arguments_come_before_environment_before_deploy_file_before_profile_bef
     assert config.max_concurrent_tasks == 200
     assert config.sources == {
         "temporal_address": "argument",
+        "event_loop_per_run": "default",
         "task_queue": "environment variable TEMPORAL_TASK_QUEUE",
         "namespace": f"file {file} (components.asyncTask.middlewareDependencies.temporal.config.namespace)",
         "api_key": f"profile 'default' in {env['TEMPORAL_CONFIG_FILE']}",

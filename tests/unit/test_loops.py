@@ -282,6 +282,45 @@ class TestUserLoops:
         blocker.release()
         await asyncio.wrap_future(blocked)
 
+    async def test_a_loop_of_its_own_is_shared_with_nobody_at_the_same_time_and_taken_again_after(self):
+        loops, begun = UserLoops(shared=False), []
+        both = asyncio.Barrier(3)
+
+        async def begin(loop: UserLoop) -> None:
+            begun.append(loop)
+            await asyncio.sleep(0.2)
+
+        async def one() -> None:
+            await both.wait()
+            await loops.run(begin)
+
+        await asyncio.gather(one(), one(), one())
+        assert len(set(begun)) == 3
+        await loops.run(begin)
+        assert len(set(begun)) == 3
+        loops.stop()
+
+    async def test_code_that_blocks_on_a_loop_of_its_own_holds_up_nobody(self, blocker: Blocker):
+        loops = UserLoops(shared=False)
+        go_on = threading.Event()
+
+        async def block(loop: UserLoop) -> None:
+            blocker.hold()
+
+        async def wait(loop: UserLoop) -> str:
+            await wait_until(go_on.is_set, interval=0.001)
+            return "on time"
+
+        waits = asyncio.create_task(loops.run(wait))
+        blocks = asyncio.create_task(loops.run(block))
+        await asyncio.to_thread(blocker.entered.wait, 5)
+        go_on.set()
+        assert await asyncio.wait_for(waits, 5) == "on time"
+        assert not blocks.done()
+        blocker.release()
+        await blocks
+        loops.stop()
+
     async def test_an_error_is_raised_where_it_is_awaited(self, loops: UserLoops):
         async def fail(loop: UserLoop) -> None:
             raise LookupError("of the task")

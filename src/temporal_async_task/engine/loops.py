@@ -122,11 +122,16 @@ class UserLoops:
     """The event loop for the users' code; and another while that one is blocked, for what begins meanwhile.
 
     All code shares one loop as long as it can, so that a client that is made once (``httpx.AsyncClient``) serves all.
+
+    Args:
+        shared: Or else each attempt has a loop of its own, where no other code can hold it up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = True) -> None:
         self._loops = [UserLoop()]
         self._sync = UserLoop()
+        self._shared = shared
+        self._taken: set[UserLoop] = set()
 
     def for_sync_code(self) -> UserLoop:
         """A loop for attempts whose code runs in threads alone: nobody's async code can hold them up there."""
@@ -135,7 +140,7 @@ class UserLoops:
     def pick(self) -> UserLoop:
         """A loop that answers."""
         for loop in self._loops:
-            if not loop.is_blocked():
+            if loop not in self._taken and not loop.is_blocked():
                 return loop
         self._loops.append(UserLoop())
         return self._loops[-1]
@@ -145,13 +150,18 @@ class UserLoops:
         while True:
             loop = self.pick()
             start = _Start(make, loop)
-            running = asyncio.wrap_future(loop.run(start.run()))
-            while not running.done() and not start.is_taken:
-                await asyncio.wait((running,), timeout=STALL)
-                if not start.is_taken and loop.is_blocked() and start.take():
-                    break
-            else:
-                return cast("T", await running)
+            if not self._shared:
+                self._taken.add(loop)
+            try:
+                running = asyncio.wrap_future(loop.run(start.run()))
+                while not running.done() and not start.is_taken:
+                    await asyncio.wait((running,), timeout=STALL)
+                    if not start.is_taken and loop.is_blocked() and start.take():
+                        break
+                else:
+                    return cast("T", await running)
+            finally:
+                self._taken.discard(loop)
 
     async def watch(self) -> None:
         """Report code that blocks a loop. Runs on the SDK's loop, for as long as there is something to watch."""
