@@ -456,18 +456,23 @@ class TestDaemonThreads:
             hangs.cancel()
             assert await asyncio.wait_for(waits, 5) == "1"
 
-    async def test_there_are_no_more_threads_than_before_once_a_call_that_was_left_has_ended(self, blocker: Blocker):
+    async def test_there_are_no_more_threads_than_before_once_calls_that_were_left_have_ended(self):
         with pool(1) as threads:
             loop = asyncio.get_running_loop()
-            for _ in range(3):
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(loop.run_in_executor(threads, blocker.hold), 0.05)
-            ours = {loop.run_in_executor(threads, threading.current_thread)}
-            started = {thread for thread in threading.enumerate() if thread.name.startswith("async-task-call-")}
-            assert len(started) >= 4
-            blocker.release()
-            await asyncio.wait(ours)
-            await wait_until(lambda: sum(thread.is_alive() for thread in started) <= 1)
+            blockers, used = [Blocker() for _ in range(3)], []
+
+            def hold(blocker: Blocker) -> None:
+                used.append(threading.current_thread())
+                blocker.hold()
+
+            for blocker in blockers:
+                call = loop.run_in_executor(threads, hold, blocker)
+                await asyncio.to_thread(blocker.entered.wait, 5)
+                call.cancel()
+            assert len(set(used)) == 3
+            for blocker in blockers:
+                blocker.release()
+            await wait_until(lambda: sum(thread.is_alive() for thread in used) <= 1)
             assert await asyncio.wait_for(loop.run_in_executor(threads, str, 1), 5) == "1"
 
     def test_arguments_are_passed_on(self):
