@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
@@ -136,6 +136,34 @@ class AsyncTaskComponentConfig:
         object.__setattr__(config, "sources", sources)
         return config
 
+    def with_arguments(self, origin: str, **arguments: Any) -> Self:
+        """A copy in which arguments come before what this configuration says.
+
+        Args:
+            origin: Where this configuration is from, for ``sources``, if ``load`` did not make it.
+            **arguments: Fields of this class. ``None`` stands for not given.
+
+        Raises:
+            ConfigError: A value that cannot be used.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        copy = replace(self, **given)
+        defaults = type(self)()
+        known = {
+            name: "default" if getattr(self, name) == getattr(defaults, name) else origin for name in _RULES
+        } | dict(self.sources)
+        object.__setattr__(copy, "sources", known | dict.fromkeys(given, "argument"))
+        return copy
+
+    def shown(self, name: str) -> str:
+        """A field's value for people to read: of a credential, only whether there is one."""
+        value = getattr(self, name)
+        if name == "data_converter":
+            return f"{value.payload_converter_class.__name__}{', with a codec' if value.payload_codec else ''}"
+        if name in _SECRET and not isinstance(value, bool | None):
+            return "set, not shown" if value else "none"
+        return "none" if value is None else str(value)
+
     def connect_options(self) -> dict[str, Any]:
         """The arguments for ``temporalio.client.Client.connect``, credentials included: not for logs."""
         return {
@@ -172,6 +200,36 @@ def _variables(env: Mapping[str, str]) -> dict[str, str]:
         if (name.startswith("TEMPORAL_") or name == "ASYNC_TASK_CONFIG")
         and (value or name.startswith("TEMPORAL_GRPC_META_"))
     }
+
+
+def misspelt_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that nothing here reads and that look like one that is read, which each stands by."""
+    known = ["ASYNC_TASK_CONFIG", "ASYNC_TASK_APP", "TEMPORAL_TASK_QUEUE", *_TEMPORALS_OWN]
+    found: dict[str, str] = {}
+    for name in env:
+        if name in known or name.startswith("TEMPORAL_GRPC_META_") or not name.startswith(("TEMPORAL", "ASYNC_TASK")):
+            continue
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            found[name] = near[0]
+    return found
+
+
+_TEMPORALS_OWN = (
+    "TEMPORAL_ADDRESS",
+    "TEMPORAL_NAMESPACE",
+    "TEMPORAL_API_KEY",
+    "TEMPORAL_PROFILE",
+    "TEMPORAL_CONFIG_FILE",
+    "TEMPORAL_TLS",
+    "TEMPORAL_TLS_CLIENT_CERT_PATH",
+    "TEMPORAL_TLS_CLIENT_CERT_DATA",
+    "TEMPORAL_TLS_CLIENT_KEY_PATH",
+    "TEMPORAL_TLS_CLIENT_KEY_DATA",
+    "TEMPORAL_TLS_SERVER_CA_CERT_PATH",
+    "TEMPORAL_TLS_SERVER_CA_CERT_DATA",
+    "TEMPORAL_TLS_SERVER_NAME",
+    "TEMPORAL_TLS_DISABLE_HOST_VERIFICATION",
+)
 
 
 def _temporal_settings(
@@ -225,10 +283,13 @@ def _toml_problem(message: str, path: str) -> str:
     if not place:
         return f"Temporal's configuration cannot be used: {message}."
     reason = message.strip().splitlines()[-1]
-    if not reason.startswith("unknown field"):
+    if unknown := re.match(r"unknown field `(.+?)`, expected (?:one of )?(.+)", reason):
+        near = difflib.get_close_matches(unknown[1], re.findall(r"`(.+?)`", unknown[2]), n=1)
+        reason += f". Did you mean {near[0]!r}?" if near else ""
+    else:
         _, known, expected = reason.rpartition(", expected ")
         reason = f"expected {re.sub(r'struct [A-Za-z]+', 'a table', expected)}" if known else "not valid TOML"
-    return f"{path}, {place[1]}: {reason}."
+    return f"{path}, {place[1]}: {reason.removesuffix('?')}{'?' if reason.endswith('?') else '.'}"
 
 
 def _read_certificates(tls: ClientConfigTLS, source: str) -> bool | TLSConfig:

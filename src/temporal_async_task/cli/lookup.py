@@ -1,0 +1,145 @@
+"""Which task a run belongs to: the application's, or one that only the server knows of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
+from temporalio.service import RPCError, RPCStatusCode
+
+from temporal_async_task.cli.exits import CommandError, ExitStatus
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.backend import raw_client, translated
+from temporal_async_task.engine.resume import find_remains
+from temporal_async_task.errors import TaskNotFoundError
+from temporal_async_task.task import TemporalAsyncTask
+
+if TYPE_CHECKING:
+    from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
+
+    from temporal_async_task.cli.reference import AnyTask, Application
+    from temporal_async_task.status import TaskResult
+
+_AT_ONCE = 10
+"""So many statuses are asked for at the same time."""
+
+
+def task_of_app(app: Application, name: str, command: str) -> AnyTask:
+    """A task of the application.
+
+    Raises:
+        CommandError: There is no application, or it has no such task.
+    """
+    if not app.tasks:
+        raise CommandError(
+            f"{command} needs your tasks, for the types of their params and their task queues. Name them with "
+            f"--app module:attribute, or set ASYNC_TASK_APP."
+        )
+    task = app.task(name)
+    if task is None:
+        known = ", ".join(sorted(repr(task.name) for task in app.tasks))
+        raise CommandError(f"{app.reference} has no task {name!r}. It has {known}.", ExitStatus.NOT_FOUND)
+    return task
+
+
+def known_task(app: Application, name: str, **options: Any) -> AnyTask:
+    """The application's task of this name, or else one whose params and result are plain JSON."""
+    task = app.task(name)
+    if task is None:
+        task = TemporalAsyncTask(name, _of_another_process, **options)
+        task.set_client(app.component.client)
+    return task
+
+
+def _of_another_process(params: Any) -> Any:
+    """The function of a task that this process does not have: it is asked about, and not run."""
+    raise NotImplementedError(params)
+
+
+async def find_task(app: Application, task_id: str, *, for_resume: bool = False) -> AnyTask:
+    """The task that a run belongs to, by what the server says.
+
+    Args:
+        app: The application.
+        task_id: The run's id.
+        for_resume: With queue and times as the run itself had them, if it is not the application that has them.
+
+    Raises:
+        TaskNotFoundError: There is no such run, or it is a workflow of another kind.
+    """
+    found = await _described(app, task_id)
+    info = found.workflow_execution_info
+    name = task_name(info.type.name)
+    if name is None:
+        raise TaskNotFoundError(f"{task_id!r} is no task's run, but a workflow of type {info.type.name!r}.")
+    if app.task(name) is not None or not for_resume:
+        return known_task(app, name)
+    start = (await find_remains(raw_client(app.component.client), found)).start
+    return known_task(
+        app, name, task_queue=info.task_queue, heartbeat_timeout=start.heartbeat_timeout, timeout=start.timeout
+    )
+
+
+async def _described(app: Application, task_id: str) -> DescribeWorkflowExecutionResponse:
+    client = app.component.client
+    request = DescribeWorkflowExecutionRequest(
+        namespace=client.namespace, execution=WorkflowExecution(workflow_id=task_id)
+    )
+    try:
+        return await client.workflow_service.describe_workflow_execution(request, retry=True)
+    except RPCError as error:
+        if error.status in {RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT}:
+            raise TaskNotFoundError(
+                f"There is no run {task_id!r} in namespace {client.namespace!r}: it was never submitted, or the "
+                f"server's retention is over. `async-task list` tells which there are."
+            ) from None
+        raise translated(error, client) from error
+
+
+def task_name(workflow_type: str) -> str | None:
+    """The name of the task that a workflow type stands for; None for other people's workflows."""
+    name = workflow_type.removeprefix(wire.WORKFLOW_PREFIX)
+    return name if name and name != workflow_type else None
+
+
+async def newest(app: Application, name: str | None) -> AsyncGenerator[tuple[AnyTask, TaskResult[Any]]]:
+    """Runs, newest first; of more than a thousand, those that go on before those that have ended."""
+    if name is not None:
+        task = known_task(app, name)
+        async for run in task.list(limit=None):
+            yield task, run
+        return
+    client = app.component.client
+    clauses = f"WorkflowType STARTS_WITH '{wire.WORKFLOW_PREFIX}' AND ExecutionStatus != 'ContinuedAsNew'"
+    pages = client.list_workflows(clauses, page_size=1000)
+    seen: set[str] = set()
+    try:
+        while True:
+            await pages.fetch_next_page()
+            page = sorted(pages.current_page or (), key=lambda one: one.start_time, reverse=True)
+            fresh = {one.id: one.workflow_type for one in reversed(page) if one.id not in seen}
+            seen |= fresh.keys()
+            ids = list(reversed(fresh))
+            for begin in range(0, len(ids), _AT_ONCE):
+                asked = [
+                    (known_task(app, task_name(fresh[task_id]) or ""), task_id)
+                    for task_id in ids[begin : begin + _AT_ONCE]
+                ]
+                runs = await asyncio.gather(*(_status_or_none(task, task_id) for task, task_id in asked))
+                for (task, _), found in zip(asked, runs, strict=True):
+                    if found is not None:
+                        yield task, found
+            if not pages.next_page_token:
+                return
+    except RPCError as error:
+        raise translated(error, client) from error
+
+
+async def _status_or_none(task: AnyTask, task_id: str) -> TaskResult[Any] | None:
+    try:
+        return await task.get_status(task_id)
+    except TaskNotFoundError:  # its retention is over, just now
+        return None
