@@ -134,7 +134,7 @@ def _status_of(error: Exception) -> ExitStatus:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Whatever a task gives as JSON: models and dataclasses as objects, bytes as base64, the rest as text."""
+    """Whatever a task gives as JSON: models and dataclasses as objects, bytes as URL-safe base64, the rest as text."""
     return pydantic_core.to_json(
         value, indent=indent, bytes_mode="base64", inf_nan_mode="strings", fallback=str
     ).decode()
