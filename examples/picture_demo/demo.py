@@ -18,11 +18,18 @@ from typing import Self
 
 import png
 from image_api import ImageApi
-from tasks import Order, component_at, picture
+from tasks import Order, picture
 from verdict import STEPS, Kill, complaints, cut_off, read_calls
 from view import LiveView, as_table
 
-from temporal_async_task import AsyncTaskError, StepState, TaskResult, TaskStatus
+from temporal_async_task import (
+    AsyncTaskComponent,
+    AsyncTaskComponentConfig,
+    AsyncTaskError,
+    StepState,
+    TaskResult,
+    TaskStatus,
+)
 from temporal_async_task.devserver import DevServer
 
 HERE = Path(__file__).resolve().parent
@@ -41,14 +48,16 @@ class DemoError(Exception):
 
 
 class Worker:
-    """A worker process. Its output goes to a file."""
+    """A worker process: `async-task worker`. Its output goes to a file."""
 
     def __init__(self, environment: dict[str, str], log: Path) -> None:
         self.log = log
         with log.open("wb") as output:
-            self._process = subprocess.Popen(  # noqa: S603 - our own script
-                [sys.executable, str(HERE / "worker.py")],
-                env=os.environ | environment,
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "temporal_async_task.cli", "worker", "tasks:picture"],
+                cwd=HERE,
+                # Nothing of a Temporal server that the user of this machine works with.
+                env={k: v for k, v in os.environ.items() if not k.startswith("TEMPORAL_")} | environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # a Ctrl-C in the terminal is for the conductor, which then stops the worker
@@ -125,12 +134,15 @@ async def perform(orders: Sequence[Order], state: Path, view: LiveView) -> tuple
         with ImageApi(state / "pictures", state / "calls.jsonl") as api, contextlib.ExitStack() as workers:
             view.say(f"Image API at {api.url}")
             # no_proxy: the API is on this machine, even where the environment names a proxy.
-            environment = {"TEMPORAL_ADDRESS": server.address, "IMAGE_API": api.url, "no_proxy": "127.0.0.1"}
+            environment = {"TEMPORAL_ADDRESS": server.address, "TEMPORAL_CONFIG_FILE": os.devnull}
+            environment |= {"IMAGE_API": api.url, "no_proxy": "127.0.0.1"}
             first = workers.enter_context(Worker(environment, state / "worker-1.log"))
             view.say(f"Worker 1 started, process {first.pid}")
 
             # This process only submits and asks, as a web application would.
-            await component_at(server.address).connect()
+            component = AsyncTaskComponent(AsyncTaskComponentConfig(temporal_address=server.address))
+            component.register(picture)
+            await component.connect()
             for order in orders:
                 await picture.submit(order, task_id=order.name)
             view.say(f"Submitted {len(orders)} pictures")

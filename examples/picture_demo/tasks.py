@@ -5,14 +5,7 @@ import os
 import urllib.request
 from dataclasses import dataclass
 
-from temporal_async_task import (
-    AsyncTaskComponent,
-    AsyncTaskComponentConfig,
-    async_task,
-    current_run,
-    current_step,
-    step,
-)
+from temporal_async_task import async_task, current_run, current_step, step
 
 
 @dataclass(frozen=True)
@@ -64,10 +57,3 @@ def _call(method: str, url: str, body: bytes | None = None) -> bytes:
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
         data: bytes = answer.read()
     return data
-
-
-def component_at(temporal_address: str) -> AsyncTaskComponent:
-    """What a process needs to submit this task, to ask about it, or to work on it."""
-    component = AsyncTaskComponent(AsyncTaskComponentConfig(temporal_address=temporal_address))
-    component.register(picture)
-    return component

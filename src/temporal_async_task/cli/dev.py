@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 5.0
 """Seconds for a worker to drain before its second signal, and again before SIGKILL."""
-_SETTINGS_OF_OTHER_SERVERS = ("TEMPORAL_API_KEY", "TEMPORAL_PROFILE", "TEMPORAL_CONFIG_FILE", "ASYNC_TASK_CONFIG")
+_SETTINGS_OF_OTHER_SERVERS = ("TEMPORAL_API_KEY", "TEMPORAL_PROFILE", "TEMPORAL_CONFIG_FILE")
 
 
 async def serve(
@@ -122,9 +122,16 @@ async def _watch(watched: list[Path] | None, changes: asyncio.Queue[list[str]], 
         await stop.wait()
         return
     here = Path.cwd()
-    async for found in awatch(*watched, watch_filter=PythonFilter(), stop_event=stop):
-        paths = sorted({Path(path) for _, path in found})
-        changes.put_nowait([str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths])
+    try:
+        async for found in awatch(*watched, watch_filter=PythonFilter(), stop_event=stop):
+            paths = sorted({Path(path) for _, path in found})
+            changes.put_nowait([str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths])
+    except OSError as error:
+        folders = ", ".join(str(folder.absolute()) for folder in watched)
+        raise CommandError(
+            f"{folders} cannot be watched for changes: {error}. Name smaller folders with --watch, or use --no-reload.",
+            ExitStatus.FAILED,
+        ) from error
 
 
 class _WorkerProcess:

@@ -72,8 +72,8 @@ class Output:
         self._write(to_json(value, indent=2))
 
     def text(self, text: str) -> None:
-        """A part of the answer as it is, on lines of its own."""
-        self._write(text)
+        """A part of the answer, on lines of its own: into a pipe as it is."""
+        self._write(printable(text) if self.console.is_terminal else text)
 
     def show(self, renderable: RenderableType) -> None:
         """A part of the answer as Rich draws it."""
