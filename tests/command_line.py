@@ -70,6 +70,9 @@ async def report() -> dict[str, float]:
 
 component = AsyncTaskComponent(AsyncTaskComponentConfig.load())
 component.register_all([picture, wait, report])
+if os.environ.get("CHATTY"):
+    os.system("echo from a child")
+    print("from the application", flush=True)
 """
 
 

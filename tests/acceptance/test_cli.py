@@ -322,6 +322,13 @@ async def test_doctor_finds_what_is_wrong_and_says_what_to_do(shop: Shell):
 # The terminal
 
 
+def test_stdout_has_the_answer_alone_whatever_the_application_prints(shop: Shell):
+    ran = shop.run("submit", "report", "--json", *APP, CHATTY="1")
+    assert (ran.status, ran.document["task"]) == (0, "report")
+    assert "from the application" in ran.err
+    assert "from a child" in ran.err
+
+
 def test_a_reader_that_leaves_is_no_error_of_ours(shop: Shell):
     reader, writer = os.pipe()
     os.close(reader)

@@ -97,6 +97,17 @@ async def test_a_worker_tells_in_json_what_it_works_on_and_prints_nothing_else_o
     assert told["pid"] == worker.process.pid
 
 
+async def test_ctrl_c_ends_a_command_that_waits(shop: Shell):
+    with shop.start("worker", "shop:component", "--grace", "1") as worker:
+        worker.until("Started:")
+        task_id = await begin_slow_step(shop)
+        with shop.start("status", task_id, "--watch") as watch:
+            await support.wait_until(lambda: "upload=running" in watch.out, timeout=30)
+            watch.signal(signal.SIGINT)
+            assert await asyncio.to_thread(watch.wait, 30) == 130
+            assert watch.err == ""
+
+
 # Dev
 
 

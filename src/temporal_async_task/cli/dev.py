@@ -53,7 +53,7 @@ async def serve(
     with _signals() as stop:
         async with DevServer(database, port, ui=True, ui_port=ui_port, namespace=namespace) as server:
             _tell(output, server, reference, database, namespace)
-            worker = _WorkerProcess(reference, server.address, namespace, json_on_stdout=output.as_json)
+            worker = _WorkerProcess(reference, server.address, namespace)
             try:
                 return await _keep_working(worker, output, watched, stop)
             finally:
@@ -137,7 +137,7 @@ async def _watch(watched: list[Path] | None, changes: asyncio.Queue[list[str]], 
 class _WorkerProcess:
     """``async-task worker`` as a process that is gone when this one is."""
 
-    def __init__(self, reference: str, address: str, namespace: str, *, json_on_stdout: bool) -> None:
+    def __init__(self, reference: str, address: str, namespace: str) -> None:
         options = ["--address", address, "--namespace", namespace, "--no-tls", "--stop-with-stdin"]
         self._command = [sys.executable, "-m", "temporal_async_task.cli", "worker", reference, *options]
         # An application that reads the configuration itself finds this server, and no credentials go to it.
@@ -146,7 +146,6 @@ class _WorkerProcess:
             for name, value in os.environ.items()
             if name not in _SETTINGS_OF_OTHER_SERVERS and not name.startswith(("TEMPORAL_TLS", "TEMPORAL_GRPC_META_"))
         } | {"TEMPORAL_ADDRESS": address, "TEMPORAL_NAMESPACE": namespace}
-        self._stdout = sys.stderr.fileno() if json_on_stdout else None
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -154,7 +153,6 @@ class _WorkerProcess:
             *self._command,
             env=self._environment,
             stdin=asyncio.subprocess.PIPE,
-            stdout=self._stdout,
             # A Ctrl-C in the terminal is for this process, which then stops the worker, and the server after it.
             process_group=0,
         )

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pydantic_core
 from rich.console import Console
@@ -47,7 +47,7 @@ _STYLES = {
 
 
 class Output:
-    """Where one command's answer goes.
+    """Where one command's answer goes. Stdout is its own from then on; what others print goes to stderr.
 
     Args:
         as_json: Print one JSON document and nothing else on stdout.
@@ -55,12 +55,10 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        self._stdout = _claimed_stdout()
         # Names, errors and results are other people's text: no markup, no emoji codes. NO_COLOR is Rich's own.
-        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-        width = None if sys.stdout.isatty() else _UNBOUNDED
-        self.console = Console(width=width, soft_wrap=False, **plain)
-        for stream in (sys.stdout, sys.stderr):  # where the locale's encoding lacks a letter
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        width = None if self._stdout.isatty() else _UNBOUNDED
+        self.console = Console(file=self._stdout, width=width, markup=False, emoji=False, highlight=False)
 
     @property
     def is_live(self) -> bool:
@@ -104,11 +102,12 @@ class Output:
         except KeyboardInterrupt:
             return ExitStatus.INTERRUPTED
         except BrokenPipeError:
-            # The interpreter would flush stdout once more at its exit, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return ExitStatus.BROKEN_PIPE
         except Exception as error:
             return self._tell(error)
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                self._stdout.close()
 
     def _tell(self, error: Exception) -> ExitStatus:
         message = str(error)
@@ -125,8 +124,17 @@ class Output:
         return status
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        self._stdout.write(f"{text}\n")
+        self._stdout.flush()
+
+
+def _claimed_stdout() -> TextIO:
+    """Stdout for the answer alone: what the application prints goes where messages go."""
+    sys.stdout.flush()
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Where the locale's encoding lacks a letter, it is told by its number.
+    return os.fdopen(answer, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
 
 
 def _status_of(error: Exception) -> ExitStatus:

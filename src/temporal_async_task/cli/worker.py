@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -36,8 +35,6 @@ async def work(app: Application, output: Output) -> ExitStatus:
                 "pid": os.getpid(),
             }
         )
-        # Stdout has its one document; what the tasks print goes where messages go.
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     output.say(
         f"Worker {os.getpid()}: {', '.join(names)} on {', '.join(queues)} at {address}, namespace {namespace}. "
         f"Ctrl-C or SIGTERM stops it; a second one at once."
