@@ -588,3 +588,7 @@ def test_a_missing_deploy_file_is_named():
 def test_a_toml_file_in_place_of_a_deploy_file_is_told_where_it_belongs(tmp_path):
     (tmp_path / "temporal.toml").write_text(PROFILES)
     refused("TEMPORAL_CONFIG_FILE", file=tmp_path / "temporal.toml")
+
+
+def test_a_misspelt_key_of_a_toml_file_is_told_with_what_was_meant(toml):
+    refused("unknown field `namespce`", "Did you mean 'namespace'?", env=toml('[profile.default]\nnamespce = "shop"\n'))
