@@ -1,109 +1,24 @@
-"""Durable background tasks for slow, paid, unreliable external APIs, on Temporal."""
+"""Durable background tasks for slow, paid, unreliable external APIs, on Temporal.
 
-from temporal_async_task.component import AsyncTaskComponent
-from temporal_async_task.config import AsyncTaskComponentConfig
-from temporal_async_task.errors import (
-    AsyncTaskError,
-    ConfigError,
-    DecryptionError,
-    DuplicateStepError,
-    DuplicateTaskError,
-    InvalidKeyError,
-    NonRetryableError,
-    NotConnectedError,
-    ParamsError,
-    PayloadTooLargeError,
-    PollTimeoutError,
-    ReportError,
-    ReportRefusedError,
-    ResultError,
-    RetryableError,
-    ServerUnavailableError,
-    SignatureError,
-    StepFailedError,
-    StepOutcomeUnknownError,
-    StepUsageError,
-    StorageError,
-    StoredValueLostError,
-    TaskCancelledError,
-    TaskConflictError,
-    TaskFailedError,
-    TaskNotFoundError,
-    TaskNotRegisteredError,
-    TaskTimeoutError,
-    WaitTimeoutError,
-    WorkerLostError,
-)
-from temporal_async_task.retry import RetryPolicy, Verdict
-from temporal_async_task.schedules import ScheduleHandle, TaskSchedule
-from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
-from temporal_async_task.steps import (
-    Result,
-    RunInfo,
-    Step,
-    StepInfo,
-    current_run,
-    current_step,
-    poll,
-    progress,
-    sleep,
-    step,
-    wait_for,
-)
-from temporal_async_task.task import TemporalAsyncTask, async_task
+The public names stand in ``names.py``, and are imported when the first of them is used. So what needs none of them
+(``async-task --help``, the shell's completion) does not wait for the Temporal SDK.
+"""
 
-__all__ = [
-    "AsyncTaskComponent",
-    "AsyncTaskComponentConfig",
-    "AsyncTaskError",
-    "ConfigError",
-    "DecryptionError",
-    "DuplicateStepError",
-    "DuplicateTaskError",
-    "InvalidKeyError",
-    "NonRetryableError",
-    "NotConnectedError",
-    "ParamsError",
-    "PayloadTooLargeError",
-    "PollTimeoutError",
-    "ReportError",
-    "ReportRefusedError",
-    "Result",
-    "ResultError",
-    "RetryPolicy",
-    "RetryableError",
-    "RunInfo",
-    "ScheduleHandle",
-    "ServerUnavailableError",
-    "SignatureError",
-    "Step",
-    "StepFailedError",
-    "StepInfo",
-    "StepOutcomeUnknownError",
-    "StepState",
-    "StepStatus",
-    "StepUsageError",
-    "StorageError",
-    "StoredValueLostError",
-    "TaskCancelledError",
-    "TaskConflictError",
-    "TaskFailedError",
-    "TaskNotFoundError",
-    "TaskNotRegisteredError",
-    "TaskResult",
-    "TaskSchedule",
-    "TaskStatus",
-    "TaskTimeoutError",
-    "TemporalAsyncTask",
-    "Verdict",
-    "WaitTimeoutError",
-    "WorkerLostError",
-    "async_task",
-    "current_run",
-    "current_step",
-    "poll",
-    "progress",
-    "sleep",
-    "step",
-    "wait_for",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from temporal_async_task.names import *  # noqa: F403 - all of them, and nothing else
+else:
+
+    def __getattr__(name: str) -> object:
+        if name != "__all__" and name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        names = import_module(f"{__name__}.names")
+        globals().update({public: getattr(names, public) for public in names.__all__}, __all__=names.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
