@@ -6,6 +6,7 @@ belongs; ``engine/runner.py`` does the work.
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 import uuid
 from contextvars import ContextVar
@@ -395,4 +396,7 @@ def current_step() -> StepInfo:
 
 def idempotency_key(origin: str, key: str) -> str:
     """A UUID made of the run's own and the step's key (RFC 9562, version 5)."""
-    return str(uuid.uuid5(uuid.UUID(origin), key))
+    return str(uuid.uuid5(_parsed(origin), key))
+
+
+_parsed = functools.lru_cache(maxsize=1024)(uuid.UUID)

@@ -344,10 +344,15 @@ class _Carrier:
     def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(work(*args), self._loop)  # there is no other
 
-    async def checkpoint(self) -> None:
-        snapshot = self._journal.snapshot()
-        await asyncio.sleep(0)  # as a server would, it takes a turn of the loop at least
+    def checkpoint(self) -> concurrent.futures.Future[None]:
+        saved: concurrent.futures.Future[None] = concurrent.futures.Future()
+        # As on a server, it takes a turn of the loop at least.
+        self._loop.call_soon(self._save, self._journal.snapshot(), saved)
+        return saved
+
+    def _save(self, snapshot: Snapshot, saved: concurrent.futures.Future[None]) -> None:
         self._run.save(snapshot, self._attempt)
+        saved.set_result(None)
 
     async def find_event(self, key: str) -> bytes | None:
         return self._run.event_of(key)

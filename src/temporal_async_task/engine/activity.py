@@ -218,8 +218,7 @@ class _Attempt:
         return self._clock_offset + time.monotonic()
 
     def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        done: Future[T] = Future()
-        done.set_running_or_notify_cancel()  # it is not for the users' code to cancel
+        done = _kept_from_users(Future[T]())
         with contextlib.suppress(RuntimeError):  # the process is at its end, and nothing can be saved any more
             self._main_loop.call_soon_threadsafe(self._begin_apart, done, work, args)
         return done
@@ -230,8 +229,11 @@ class _Attempt:
         task.add_done_callback(self._apart.discard)
         task.add_done_callback(functools.partial(_pass_on, done))
 
-    async def checkpoint(self) -> None:
-        await self._writer.checkpoint()
+    def checkpoint(self) -> Future[None]:
+        saved = _kept_from_users(Future[None]())
+        with contextlib.suppress(RuntimeError):  # as above
+            self._main_loop.call_soon_threadsafe(self._writer.checkpoint, saved)
+        return saved
 
     async def find_event(self, key: str) -> bytes | None:
         return await asyncio.shield(asyncio.wrap_future(self.apart(self._find_event, key)))
@@ -431,6 +433,12 @@ class _Attempt:
         if snapshot.cancelled:
             header.metadata[wire.CANCELLING] = b"true"
         return [header, results]
+
+
+def _kept_from_users(future: Future[T]) -> Future[T]:
+    """A future that cannot be cancelled by who waits for it."""
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _pass_on(done: Future[T], task: asyncio.Task[T]) -> None:

@@ -349,21 +349,24 @@ class Attempt:
         """Leave what still runs of the attempt's code."""
         self.unwinding = True
         deadline = self._loop.time() + UNWIND_TIMEOUT
-        if self._landing:
-            await asyncio.wait(set(self._landing), timeout=UNWIND_TIMEOUT)
+        await self._land_all(UNWIND_TIMEOUT)
         while self._tasks and self._loop.time() < deadline:
             for task in self._tasks:
                 task.cancel()
             # In slices: code that swallows the first request is asked again.
             await asyncio.wait(set(self._tasks), timeout=UNWIND_TIMEOUT / 6)
-        if self._landing:  # of calls that ended just before they were left
-            await asyncio.wait(set(self._landing), timeout=max(deadline - self._loop.time(), 0.0))
+        await self._land_all(deadline - self._loop.time())  # of calls that ended just before they were left
         if self._tasks:
             logger.error(
                 "Task run %s: code of task %r goes on after its attempt has ended, and swallows every request to stop",
                 self.settings.task_id,
                 self.settings.task_name,
             )
+
+    async def _land_all(self, timeout: float) -> None:
+        """See results into the journal that are on their way there, through a codec. Without one they are there."""
+        if self._landing and self._values.has_codec:
+            await asyncio.wait(set(self._landing), timeout=max(timeout, 0.0))
 
     # Waiting
 
@@ -477,7 +480,7 @@ class Attempt:
         """Make durable what is known now."""
         self._refuse_if_ended()
         self._drop_note()
-        await self._wait_for(self._apart(self._carrier.checkpoint))
+        await self._wait_for(self._carrier.checkpoint())
 
     def _apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
         context = contextvars.copy_context()

@@ -65,6 +65,10 @@ class Values(Protocol):
         """The value by the application's converter, whose code may take its time: made where the call was made."""
         ...
 
+    def pack(self, plain: Any) -> bytes:
+        """What ``serialise`` has made as it is stored, where there is no codec."""
+        ...
+
     async def seal(self, plain: Any) -> bytes:
         """What ``serialise`` has made as it is stored: by the codec, and by the store of large values."""
         ...
@@ -97,11 +101,10 @@ class Carrier(Protocol):
         """
         ...
 
-    async def checkpoint(self) -> None:
-        """Make the journal durable, as it is now; it is when this returns. Called ``apart``.
+    def checkpoint(self) -> Future[None]:
+        """Make the journal durable, as it is now; it is when the future is done. Called in any thread.
 
-        Never raises: an attempt that may not write any more is told by ``Runner.supersede()``, and this does not
-        return.
+        It never fails: an attempt that may not write any more is told by ``Runner.supersede()``, and this is not done.
         """
         ...
 

@@ -74,6 +74,12 @@ def _landed(call: Callable[[], Any], land: Callable[[Any], None]) -> Any:
     return result
 
 
+def _done() -> Future[None]:
+    landed: Future[None] = Future()
+    landed.set_result(None)
+    return landed
+
+
 def _unfit(error: Exception) -> Future[None]:
     landed: Future[None] = Future()
     landed.set_exception(error)
@@ -380,14 +386,24 @@ class Runner(Attempt):
         except ResultError as unfit:
             record.calls += 1
             return functools.partial(_unfit, unfit)
-        return functools.partial(self._apart, self._record, record, plain, save)
+        if self._values.has_codec:
+            return functools.partial(self._apart, self._seal_and_record, record, plain, save)
+        return functools.partial(self._pack_and_record, record, plain, save=save)
 
-    async def _record(self, record: StepRecord, plain: Any, save: bool) -> None:  # noqa: FBT001 - for a partial
+    def _pack_and_record(self, record: StepRecord, plain: Any, *, save: bool) -> Future[None]:
+        record.calls += 1
+        try:
+            self.journal.complete(record, self._values.pack(plain), self._carrier.now())
+        except PayloadTooLargeError as unfit:
+            return _unfit(unfit)
+        return self._carrier.checkpoint() if save else _done()
+
+    async def _seal_and_record(self, record: StepRecord, plain: Any, save: bool) -> None:  # noqa: FBT001 - for a partial
         record.calls += 1
         result = await self._patiently(lambda: self._values.seal(plain))
         self.journal.complete(record, result, self._carrier.now())
         if save:
-            await self._carrier.checkpoint()
+            await asyncio.wrap_future(self._carrier.checkpoint())
 
     async def _finish(
         self, record: StepRecord, value: Any, landed: Future[None] | None = None, *, save: bool = True

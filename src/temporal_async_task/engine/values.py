@@ -131,6 +131,14 @@ class PayloadValues:
             ) from error
         return plain
 
+    def pack(self, plain: Payload) -> bytes:
+        """What ``serialise`` has made, in bytes; where there is neither codec nor external storage.
+
+        Raises:
+            PayloadTooLargeError: It is larger than the server takes.
+        """
+        return _within_limit(plain).SerializeToString()
+
     async def seal(self, plain: Payload) -> bytes:
         """What ``serialise`` has made, by codec and external storage, in bytes.
 
@@ -145,16 +153,10 @@ class PayloadValues:
         return data
 
     async def _sealed(self, plain: Payload, converter: DataConverter) -> Payload:
-        payload = plain
-        if self.has_codec:
-            [encoded] = await converter.encode([RawValue(plain)])
-            payload = external.opaque(encoded)
-        if payload.ByteSize() > MAX_PAYLOAD:
-            raise PayloadTooLargeError(
-                f"A value of {payload.ByteSize():,} bytes is over the limit of {MAX_PAYLOAD:,} bytes (2 MB). Store "
-                f"large values elsewhere (external storage), and pass on a reference."
-            )
-        return payload
+        if not self.has_codec:
+            return _within_limit(plain)
+        [encoded] = await converter.encode([RawValue(plain)])
+        return _within_limit(external.opaque(encoded))
 
     async def from_payload(self, payload: Payload, type_hint: Any = None) -> Any:
         """The value of a payload, fetched if it is in external storage.
@@ -314,6 +316,15 @@ class NamedEvents(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._events)
+
+
+def _within_limit(payload: Payload) -> Payload:
+    if payload.ByteSize() > MAX_PAYLOAD:
+        raise PayloadTooLargeError(
+            f"A value of {payload.ByteSize():,} bytes is over the limit of {MAX_PAYLOAD:,} bytes (2 MB). Store "
+            f"large values elsewhere (external storage), and pass on a reference."
+        )
+    return payload
 
 
 def _hint(type_hint: Any) -> list[type]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Self
 
@@ -65,7 +65,8 @@ class _Message:
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def to_payload(self) -> Payload:
-        return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(asdict(self)).encode())
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(fields).encode())
 
     @classmethod
     def from_payload(cls, payload: Payload) -> Self:

@@ -25,6 +25,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from concurrent.futures import Future
 
     from temporalio.api.common.v1 import Payload
     from temporalio.client import Client
@@ -71,7 +72,7 @@ class JournalWriter:
         self._interval = interval
         self._listener = listener
         self._changed = False
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: list[Future[None]] = []
         self._wake = asyncio.Event()
         self._last: Sequence[Payload] = ()
 
@@ -80,12 +81,10 @@ class JournalWriter:
         self._changed = True
         self._wake.set()
 
-    async def checkpoint(self) -> None:
-        """Write the journal; all that is in it now is durable when this returns."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(written)
+    def checkpoint(self, saved: Future[None]) -> None:
+        """Write the journal; all that is in it now is durable when ``saved`` is done."""
+        self._waiters.append(saved)
         self.note()
-        await written
 
     async def run(self, resume_with: Sequence[Payload]) -> None:
         """Write what has changed, and in between the last again, to show that the attempt is alive.
@@ -95,8 +94,9 @@ class JournalWriter:
         self._last = resume_with
         with contextlib.suppress(AttemptGoneError):
             while True:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._interval)
+                keep_alive = asyncio.get_running_loop().call_later(self._interval, self._wake.set)
+                await self._wake.wait()
+                keep_alive.cancel()
                 await self._write()
 
     async def _write(self) -> None:
@@ -119,8 +119,7 @@ class JournalWriter:
             lambda: service.record_activity_task_heartbeat(request, timeout=_RPC_TIMEOUT), "save the journal"
         )
         for waiter in waiters:
-            if not waiter.done():  # cancelled with what waited for it
-                waiter.set_result(None)
+            waiter.set_result(None)
         if snapshot is not None:
             self._listener.saved(snapshot)
         if answer.cancel_requested or answer.activity_paused or answer.activity_reset:
