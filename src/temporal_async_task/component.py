@@ -24,6 +24,7 @@ from temporal_async_task.config import AsyncTaskComponentConfig
 from temporal_async_task.engine.activity import AttemptActivity
 from temporal_async_task.engine.backend import raw_client
 from temporal_async_task.engine.loops import DaemonThreads, UserLoops
+from temporal_async_task.engine.standalone import has_standalone_activities, too_old
 from temporal_async_task.engine.workflow import TaskWorkflow
 from temporal_async_task.errors import ConfigError, NotConnectedError, ServerUnavailableError
 from temporal_async_task.registry import Registry
@@ -68,6 +69,7 @@ class AsyncTaskComponent:
         """
         if self.is_started:
             raise ConfigError(f"Register task {task.name!r} before start(): the component's workers run already.")
+        task.use_default_execution(self.config.execution)
         self._registry.add(task)
         if task in self._tasks:
             return
@@ -107,7 +109,7 @@ class AsyncTaskComponent:
 
         Raises:
             ServerUnavailableError: Nothing answers at the address within ten seconds.
-            ConfigError: The server has no such namespace.
+            ConfigError: The server has no such namespace, or cannot carry a task as its ``execution`` says.
         """
         if self._client is not None:
             return
@@ -132,7 +134,7 @@ class AsyncTaskComponent:
         """Say at once what a worker would only find out while it runs."""
         request = DescribeNamespaceRequest(namespace=self.config.namespace)
         try:
-            await client.workflow_service.describe_namespace(request)
+            found = await client.workflow_service.describe_namespace(request)
         except RPCError as error:
             if error.status != RPCStatusCode.NOT_FOUND:
                 return  # not allowed to ask, perhaps
@@ -140,6 +142,9 @@ class AsyncTaskComponent:
                 f"The Temporal server at {self.config.temporal_address} has no namespace {self.config.namespace!r}. "
                 f"Create it (`temporal operator namespace create`), or set TEMPORAL_NAMESPACE."
             ) from error
+        standalone = any(task.execution == "activity" for task in self._tasks)
+        if standalone and not has_standalone_activities(found.namespace_info):
+            raise too_old(self.config.temporal_address)
 
     async def start(self) -> None:
         """Connect, and run the registered tasks in this process: one worker for every task queue among them.

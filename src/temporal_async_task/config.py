@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast, get_args
 
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import DataConverter
@@ -24,6 +24,7 @@ from temporalio.service import TLSConfig
 
 from temporal_async_task.errors import ConfigError, InvalidKeyError
 from temporal_async_task.steps import check_text, seconds
+from temporal_async_task.task import Execution
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,8 @@ class AsyncTaskComponentConfig:
         temporal_address: ``host:port`` of the Temporal server, IPv6 as ``[::1]:7233``.
         namespace: Temporal's namespace.
         task_queue: The queue of the tasks that name none of their own.
+        execution: What carries the runs of the tasks that do not say it themselves: ``"workflow"`` or ``"activity"``
+            (see docs/execution.md). The same in all processes: it tells where a run is looked for.
         max_concurrent_tasks: How many tasks a worker runs at once.
         target_cpu: With ``target_memory``: take tasks by resource use instead of by a fixed number, up to
             this fraction of the CPU (over 0, up to 1).
@@ -62,6 +65,7 @@ class AsyncTaskComponentConfig:
     temporal_address: str = "localhost:7233"
     namespace: str = "default"
     task_queue: str = "async-tasks"
+    execution: Execution = "workflow"
     max_concurrent_tasks: int = 200
     target_cpu: float | None = None
     target_memory: float | None = None
@@ -98,13 +102,14 @@ class AsyncTaskComponentConfig:
 
         The variables are Temporal's (``TEMPORAL_ADDRESS``, ``TEMPORAL_NAMESPACE``, ``TEMPORAL_API_KEY``,
         ``TEMPORAL_TLS...``, ``TEMPORAL_GRPC_META_...``, ``TEMPORAL_PROFILE``, ``TEMPORAL_CONFIG_FILE``; see
-        https://docs.temporal.io/develop/environment-configuration) and ``TEMPORAL_TASK_QUEUE``. An empty one
-        counts as unset. A TOML file that ``TEMPORAL_CONFIG_FILE`` names may have no unknown key. The one in
-        Temporal's default place may: the ``temporal`` command keeps data of its own there.
+        https://docs.temporal.io/develop/environment-configuration), ``TEMPORAL_TASK_QUEUE`` and
+        ``ASYNC_TASK_EXECUTION``. An empty one counts as unset. A TOML file that ``TEMPORAL_CONFIG_FILE`` names may
+        have no unknown key. The one in Temporal's default place may: the ``temporal`` command keeps data of its own
+        there.
 
         A deploy file (``config/deploy.*.json``) is read only where ``file`` or the variable
         ``ASYNC_TASK_CONFIG`` names it; none is looked for. Its block ``components.asyncTask`` may give
-        ``maxConcurrentTasks``, ``targetCpu``, ``targetMemory``, ``eventLoopPerRun`` and
+        ``execution``, ``maxConcurrentTasks``, ``targetCpu``, ``targetMemory``, ``eventLoopPerRun`` and
         ``gracefulShutdownTimeout`` (seconds);
         ``middlewareDependencies.temporal`` in it may give ``endpoint``, ``config.namespace`` and
         ``config.taskQueue``. Next to a deploy file, the TOML file in the default place is read only if a
@@ -197,7 +202,7 @@ def _variables(env: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in env.items()
-        if (name.startswith("TEMPORAL_") or name == "ASYNC_TASK_CONFIG")
+        if (name.startswith("TEMPORAL_") or name in {"ASYNC_TASK_CONFIG", "ASYNC_TASK_EXECUTION"})
         and (value or name.startswith("TEMPORAL_GRPC_META_"))
     }
 
@@ -274,6 +279,8 @@ def _temporal_settings(
             from_profile[name] = (value, source)
     if queue := env.get("TEMPORAL_TASK_QUEUE"):
         from_env["task_queue"] = (queue, "environment variable TEMPORAL_TASK_QUEUE")
+    if execution := env.get("ASYNC_TASK_EXECUTION"):
+        from_env["execution"] = (execution, "environment variable ASYNC_TASK_EXECUTION")
     return from_profile, from_env
 
 
@@ -310,6 +317,7 @@ _DEPLOY_BLOCKS: dict[str, tuple[dict[str, str], set[str]]] = {
     # block: (keys for our fields, keys that are for others to read)
     "components.asyncTask": (
         {
+            "execution": "execution",
             "maxConcurrentTasks": "max_concurrent_tasks",
             "targetCpu": "target_cpu",
             "targetMemory": "target_memory",
@@ -454,6 +462,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "namespace": _TEXT,
     "task_queue": _TEXT,
+    "execution": (lambda value: value in get_args(Execution), "'workflow' or 'activity'"),
     "max_concurrent_tasks": (_is_count, "a whole number from 1 on"),
     "target_cpu": _FRACTION,
     "target_memory": _FRACTION,

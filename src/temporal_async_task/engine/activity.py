@@ -27,6 +27,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.body import bind_body, is_sync
+from temporal_async_task.engine.execution import execution_of
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
 from temporal_async_task.engine.outcome import (
     UNREADABLE_DELAY,
@@ -38,9 +39,8 @@ from temporal_async_task.engine.outcome import (
     RunSettings,
     Superseded,
 )
-from temporal_async_task.engine.resume import sent_events
 from temporal_async_task.engine.runner import Runner
-from temporal_async_task.engine.stopping import pause_reason, stop_and_look, unpause
+from temporal_async_task.engine.stopping import stop_and_look
 from temporal_async_task.engine.values import MAX_PAYLOAD, NamedEvents, PayloadValues, return_type
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
 from temporal_async_task.errors import ParamsError, ResultError, StoredValueLostError, TaskNotRegisteredError
@@ -150,12 +150,13 @@ class _Attempt:
         self._owner = owner
         self._info = info
         self._client = owner.client
-        self._input = wire.AttemptInput.from_payload(args[0].payload)
+        self._execution = execution_of(owner.client, info, args[0].payload)
+        self._input = self._execution.input
         self._params = args[1].payload
         details = info.heartbeat_details or args[2:4]
         self._details: list[Payload] = [value.payload for value in details]
         values = [value.payload.SerializeToString() for value in args[4:]]
-        self.task_id = info.workflow_id or info.activity_id
+        self.task_id = self._execution.task_id
         self._main_loop = asyncio.get_running_loop()
         self._values = PayloadValues(owner.converter, info.namespace, self.task_id, self._main_loop)
         self._events = NamedEvents(self._values, dict(zip(self._input.events, values, strict=True)))
@@ -181,36 +182,31 @@ class _Attempt:
                 self._user_loop.call_soon(request, self._runner)
 
     def flagged(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
-        """Paused or reset: find out what for, beside the heartbeats. Cancelled: the run goes on in another activity."""
-        if answer.cancel_requested:
+        """Paused, reset or cancelled: find out what for, beside the heartbeats."""
+        if self._execution.is_superseded(answer):
             self.tell(Runner.supersede)
         elif self._stopping is None:
-            self._stopping = asyncio.create_task(self._stop(paused=answer.activity_paused))
+            self._stopping = asyncio.create_task(self._stop(answer))
 
     def saved(self, snapshot: Snapshot) -> None:
         if snapshot.cancelled:
             self._cancel_saved.set()
 
-    async def _stop(self, *, paused: bool) -> None:
-        """Cancel the body, if the activity was paused for that; else, for an operator, give the attempt back."""
-        execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
-        reason = None
-        if paused:
-            reason = await insist(lambda: pause_reason(self._client, execution), "ask why the run is paused")
-        if reason is None or not reason.startswith(wire.PAUSED_TO_CANCEL):
+    async def _stop(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
+        """Cancel the body, if that is what was asked for; else, for an operator, give the attempt back."""
+        reason = await self._execution.cancel_reason(answer)
+        if reason is None:
             self.tell(Runner.drain)
-            self._stopping = None  # it may be paused to be cancelled, yet
+            self._stopping = None  # it may be cancelled, yet
             return
         try:
-            text = await self._values.unseal_text(reason.removeprefix(wire.PAUSED_TO_CANCEL))
+            text = await self._values.unseal_text(reason)
         except Exception:  # a key that this worker does not have yet
             logger.exception("Task run %s: the reason of its cancellation cannot be read here", self.task_id)
             text = ""
         self.tell(lambda runner: runner.cancel(text))
-        # The journal says from now on that the run is cancelled. A paused activity has no heartbeat timeout, and with
-        # the worker it would be lost: so it is paused no longer than until that is saved.
         await self._cancel_saved.wait()
-        await insist(lambda: unpause(self._client, execution, self._info.activity_id), "go on with the cancellation")
+        await self._execution.cancel_saved()
 
     # The runner's carrier; called in the threads of the users' code
 
@@ -239,9 +235,7 @@ class _Attempt:
         return await asyncio.shield(asyncio.wrap_future(self.apart(self._find_event, key)))
 
     async def _find_event(self, key: str) -> bytes | None:
-        execution = WorkflowExecution(workflow_id=self.task_id, run_id=self._info.workflow_run_id or "")
-        events = await insist(lambda: sent_events(self._client, execution), "look for an event")
-        found = events.get(self._values.event_name(key)) or events.get(key)
+        found = await self._execution.find_event((self._values.event_name(key), key))
         return None if found is None else found.SerializeToString()
 
     def note(self) -> None:
@@ -250,16 +244,17 @@ class _Attempt:
     # The attempt
 
     async def carry(self) -> None:
-        task = self._owner.registry.find(self._info.activity_type)
+        name = self._execution.task_name
+        task = self._owner.registry.find(name)
         if task is None:
             logger.warning(
                 "Task %r is not registered on this worker (task queue %r); its run %s is left to another worker. "
                 "Register it with the component before start().",
-                self._info.activity_type,
+                name,
                 self._info.task_queue,
                 self.task_id,
             )
-            reason = f"task {self._info.activity_type!r} is not registered on worker {self._client.identity!r}"
+            reason = f"task {name!r} is not registered on worker {self._client.identity!r}"
             await self._leave(f"{TaskNotRegisteredError.__name__}: {reason}")
             return
         journal = Journal()
@@ -303,6 +298,7 @@ class _Attempt:
             attempt=journal.attempt,
             params=args[0] if args else None,
             log_errors=not self._values.encrypts,
+            events=self._execution.takes_events,
         )
         heartbeat = (self._info.heartbeat_timeout or timedelta(seconds=15)).total_seconds()
         self._writer = JournalWriter(
@@ -372,6 +368,8 @@ class _Attempt:
             case Failed(error):
                 await self._end(error, type(error).__name__, journal)
             case Cancelled(reason):
+                sealed = await insist(lambda: self._values.seal_text(reason), "encode why the run was cancelled")
+                await self._execution.cancel_done(sealed)
                 await self._end(RuntimeError(reason), wire.CANCELLED, journal)
             case Parked(due, _, events) if events:
                 names = tuple(map(self._values.event_name, events))
@@ -384,11 +382,12 @@ class _Attempt:
                 pass
 
     async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
-        """Fail the run for good, the journal in the failure: ``resume`` goes on from it."""
+        """Fail the run for good, and keep its journal: ``resume`` goes on from it."""
         final = _told(error, error_type)
         encoded = await self._insist_encode(journal)
-        failure = await insist(lambda: self._values.to_failure(final, encoded), "encode the failure")
-        await fail(self._client, self._info.task_token, failure, [])
+        kept = self._execution.final_journal(encoded)
+        failure = await insist(lambda: self._values.to_failure(final, kept.in_failure), "encode the failure")
+        await fail(self._client, self._info.task_token, failure, kept.in_heartbeat)
 
     async def _leave(self, reason: str) -> None:
         """Give the attempt back untouched: this worker cannot serve the run."""
@@ -418,6 +417,8 @@ class _Attempt:
         accounted = 0
         if self._info.heartbeat_details:
             accounted = int(self._details[0].metadata.get(wire.ATTEMPTS, b"0"))
+            if journal.earlier + self._info.attempt <= journal.attempt:  # the activity was reset, and counts anew
+                journal.earlier = journal.attempt
         else:  # the first attempt of an activity that goes on where another was stopped
             journal.earlier = journal.attempt
         journal.count_lost(max(self._info.attempt - 1 - accounted, 0))

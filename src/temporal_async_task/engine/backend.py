@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Collection
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.describe import completed, failed, failure_of, running
 from temporal_async_task.engine.digest import digest
-from temporal_async_task.engine.journal import ErrorInfo
+from temporal_async_task.engine.journal import ErrorInfo, Journal
 from temporal_async_task.engine.resume import find_remains
 from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.errors import (
@@ -32,13 +33,12 @@ from temporal_async_task.errors import (
     TaskConflictError,
     TaskNotFoundError,
 )
+from temporal_async_task.status import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from temporalio.api.failure.v1 import Failure
     from temporalio.api.workflow.v1 import WorkflowExecutionInfo
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
-
-    from temporal_async_task.status import TaskResult
 
 MAX_EVENT = 32 * 1024
 """Bytes; what the limit of a journal leaves."""
@@ -49,6 +49,12 @@ _ENDING = 7
 _RUNNING = {
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_RUNNING,
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_PAUSED,
+}
+_QUERIES = {
+    TaskStatus.COMPLETED: "ExecutionStatus = 'Completed'",
+    TaskStatus.FAILED: "ExecutionStatus IN ('Failed', 'Canceled', 'Terminated', 'TimedOut')",
+    TaskStatus.PENDING: "ExecutionStatus = 'Running'",
+    TaskStatus.PROCESSING: "ExecutionStatus = 'Running'",
 }
 
 
@@ -76,8 +82,8 @@ class EncodedParams:
     """What a run keeps of them, for the next submit to compare."""
 
 
-class WorkflowBackend:
-    """Tasks carried by the generic workflow."""
+class Backend(ABC):
+    """Starts the runs of tasks and asks about them, in one of the ways in which Temporal can carry them."""
 
     def __init__(self, client: Client) -> None:
         self._converter = client.data_converter
@@ -95,6 +101,7 @@ class WorkflowBackend:
     def _values(self, task_id: str) -> PayloadValues:
         return PayloadValues(self._converter, self._client.namespace, task_id, self._home)
 
+    @abstractmethod
     async def start(
         self,
         task: TaskAddress,
@@ -105,6 +112,83 @@ class WorkflowBackend:
         priority: Priority = Priority.default,
     ) -> None:
         """Start a run, or find that it was started before with the same params."""
+
+    @abstractmethod
+    async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
+        """All that the server knows of a run."""
+
+    @abstractmethod
+    async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
+        """The status after the end of the run, however long that takes."""
+
+    @abstractmethod
+    def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
+        """The ids of a task's runs, newest first. Of a status as far as visibility can tell; it may be another."""
+
+    @abstractmethod
+    async def resume(self, task: TaskAddress, task_id: str, redo: Collection[str]) -> None:
+        """Start a run that has failed or was cancelled again, with its params and its journal."""
+
+    @abstractmethod
+    async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
+        """Ask for a run's cancellation; nothing happens to one that has ended."""
+
+    @abstractmethod
+    async def send(self, task: TaskAddress, task_id: str, key: str, value: Any) -> None:
+        """Send an event to a run."""
+
+    async def encode_params(self, task: TaskAddress, task_id: str, params: Any) -> EncodedParams:
+        """Params for a run with this id.
+
+        Raises:
+            ParamsError: They do not fit the task's annotation, or cannot be serialised.
+            PayloadTooLargeError: They are larger than the server takes.
+        """
+        values = self._values(task_id)
+        try:
+            plain = values.check(params, task.params_type)
+            payload = await values.to_payload(params)
+        except ResultError as error:
+            raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
+        except PayloadTooLargeError as error:
+            raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
+        fingerprint = digest(plain, params)
+        memo = {wire.MEMO_PARAMS: await values.to_payload(fingerprint, inline=True)}
+        return EncodedParams(payload, fingerprint, memo)
+
+    async def _check_params(self, task_id: str, kept: Payload | None, ours: str) -> None:
+        """Refuse an id whose run has other params: ``kept`` is the digest of its own, ``ours`` of those submitted."""
+        known = await self._values(task_id).from_payload(kept) if kept is not None else None
+        if known != ours:
+            raise TaskConflictError(
+                f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with "
+                f"one set of params: choose another id, or submit the same params."
+            )
+
+    async def _reopened(
+        self, task: TaskAddress, task_id: str, journal: Sequence[Payload], redo: Collection[str]
+    ) -> Journal:
+        """The journal of a run that has ended, for another try."""
+        try:
+            return (await self._values(task_id).decode_journal(journal)).reopen(redo)
+        except KeyError as error:
+            raise TaskConflictError(
+                f"Run {task_id!r} of task {task.name!r} has no finished step {error.args[0]!r} to do again."
+            ) from None
+
+
+class WorkflowBackend(Backend):
+    """Tasks carried by the generic workflow."""
+
+    async def start(
+        self,
+        task: TaskAddress,
+        task_id: str,
+        params: Any,
+        *,
+        delay: float = 0.0,
+        priority: Priority = Priority.default,
+    ) -> None:
         encoded = await self.encode_params(task, task_id, params)
         start = wire.TaskInput(
             origin=uuid.uuid4().hex,
@@ -128,39 +212,11 @@ class WorkflowBackend:
         except RPCError as error:
             raise translated(error, self._client) from error
 
-    async def encode_params(self, task: TaskAddress, task_id: str, params: Any) -> EncodedParams:
-        """Params for a run with this id.
-
-        Raises:
-            ParamsError: They do not fit the task's annotation, or cannot be serialised.
-            PayloadTooLargeError: They are larger than the server takes.
-        """
-        values = self._values(task_id)
-        try:
-            plain = values.check(params, task.params_type)
-            payload = await values.to_payload(params)
-        except ResultError as error:
-            raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
-        except PayloadTooLargeError as error:
-            raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
-        fingerprint = digest(plain, params)
-        memo = {wire.MEMO_PARAMS: await values.to_payload(fingerprint, inline=True)}
-        return EncodedParams(payload, fingerprint, memo)
-
     async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
-        found = await self._describe(task_id)
-        info = found.workflow_execution_info
+        info = (await self._describe(task_id)).workflow_execution_info
         if info.type.name != task.workflow_type:
-            raise TaskConflictError(
-                f"The task id {task_id!r} is in use, by a run of another task or workflow. Choose another id."
-            )
-        memo = info.memo.fields.get(wire.MEMO_PARAMS)
-        known = await self._values(task_id).from_payload(memo) if memo is not None else None
-        if known != fingerprint:
-            raise TaskConflictError(
-                f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with "
-                f"one set of params: choose another id, or submit the same params."
-            )
+            raise is_anothers(task_id)
+        await self._check_params(task_id, info.memo.fields.get(wire.MEMO_PARAMS), fingerprint)
 
     async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """One call to the server while the run goes on, two after its end."""
@@ -175,7 +231,6 @@ class WorkflowBackend:
         return await self._ended(task, task_id, found, values)
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
-        """The status after the end of the run, however long that takes."""
         await self._found(task, task_id)
         handle = self._client.get_workflow_handle(task_id, result_type=RawValue)
         try:
@@ -197,14 +252,11 @@ class WorkflowBackend:
                 result = payload
         return result
 
-    async def ids(self, task: TaskAddress, query: str) -> AsyncIterator[str]:
-        """The ids of a task's runs that a visibility query finds, newest first."""
-        # The server's SQL stores find no text with quotes or backslashes, however they are escaped.
-        plain = _UNQUOTABLE.split(task.workflow_type, maxsplit=1)[0]
-        comparison = "=" if plain == task.workflow_type else "STARTS_WITH"
-        clauses = f"WorkflowType {comparison} '{plain}' AND ExecutionStatus != 'ContinuedAsNew'"
+    async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
+        clauses = f"{of_type('WorkflowType', task)} AND ExecutionStatus != 'ContinuedAsNew'"
         seen: set[str] = set()  # a run that was resumed stands there more than once
-        pages = self._client.list_workflows(clauses + (f" AND ({query})" if query else ""), page_size=_PAGE)
+        query = "" if status is None else f" AND {_QUERIES[status]}"
+        pages = self._client.list_workflows(clauses + query, page_size=_PAGE)
         try:
             while True:
                 await pages.fetch_next_page()
@@ -219,26 +271,19 @@ class WorkflowBackend:
             raise translated(error, self._client) from error
 
     async def resume(self, task: TaskAddress, task_id: str, redo: Collection[str]) -> None:
-        """Start a run that has failed or was cancelled again, with its params and its journal."""
         found = await self._found(task, task_id)
         info = found.workflow_execution_info
         if info.status in _RUNNING:
-            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} is going on; there is nothing to resume.")
+            raise goes_on(task, task_id)
         if info.status == WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_COMPLETED:
-            raise TaskConflictError(
-                f"Run {task_id!r} of task {task.name!r} has completed; get its result, or submit another run."
-            )
+            raise has_completed(task, task_id)
         values = self._values(task_id)
         try:
             remains = await find_remains(self._client, found)
-            journal = (await values.decode_journal(remains.journal)).reopen(redo)
-            snapshot = journal.snapshot()
-        except KeyError as error:
-            raise TaskConflictError(
-                f"Run {task_id!r} of task {task.name!r} has no finished step {error.args[0]!r} to do again."
-            ) from None
         except RPCError as error:
             raise translated(error, self._client) from error
+        journal = await self._reopened(task, task_id, remains.journal, redo)
+        snapshot = journal.snapshot()
         header, results = await values.encode_journal(snapshot)
         finished = {name for record in journal.done() for name in (record.key, values.event_name(record.key))}
         events = {key: value for key, value in remains.events.items() if key not in finished}
@@ -258,7 +303,7 @@ class WorkflowBackend:
         }
         latest = (await self._found(task, task_id)).workflow_execution_info.execution
         if latest.run_id != info.execution.run_id:
-            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} was resumed by somebody else.")
+            raise resumed_elsewhere(task, task_id)
         try:
             await self._client.start_workflow(
                 task.workflow_type,
@@ -271,18 +316,16 @@ class WorkflowBackend:
                 priority=_priority(info),
             )
         except WorkflowAlreadyStartedError:
-            raise TaskConflictError(f"Run {task_id!r} of task {task.name!r} was resumed by somebody else.") from None
+            raise resumed_elsewhere(task, task_id) from None
         except RPCError as error:
             raise translated(error, self._client) from error
 
     async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
-        """Ask for a run's cancellation; nothing happens to one that has ended."""
         text = await self._values(task_id).seal_text(ErrorInfo.named("", reason).message)
         info = (await self._found(task, task_id)).workflow_execution_info
         await self._signal(info, wire.SIGNAL_CANCEL, wire.CancelRequest(text).to_payload())
 
     async def send(self, task: TaskAddress, task_id: str, key: str, value: Any) -> None:
-        """Send an event to a run."""
         values = self._values(task_id)
         try:
             payload = await values.to_payload(value)
@@ -318,7 +361,7 @@ class WorkflowBackend:
     async def _found(self, task: TaskAddress, task_id: str) -> DescribeWorkflowExecutionResponse:
         found = await self._describe(task_id)
         if found.workflow_execution_info.type.name != task.workflow_type:
-            raise TaskNotFoundError(f"There is no run {task_id!r} of task {task.name!r}.")
+            raise unknown(task, task_id)
         return found
 
     async def _describe(self, task_id: str) -> DescribeWorkflowExecutionResponse:
@@ -329,9 +372,7 @@ class WorkflowBackend:
             return await self._client.workflow_service.describe_workflow_execution(request, retry=True)
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
-                raise TaskNotFoundError(
-                    f"There is no task run {task_id!r}: it was never submitted, or the server's retention is over."
-                ) from None
+                raise unknown_anywhere(task_id) from None
             raise translated(error, self._client) from error
 
     async def _ended(
@@ -366,6 +407,47 @@ def _priority(info: WorkflowExecutionInfo) -> Priority:
 def _is_held_in_clear(info: WorkflowExecutionInfo) -> bool:
     held = info.memo.fields.get(wire.MEMO_JOURNAL)
     return held is not None and held.metadata.get("encoding") == b"json/plain"
+
+
+def of_type(attribute: str, task: TaskAddress) -> str:
+    """A visibility query's clause for the runs of a task, and perhaps of others whose names begin alike."""
+    # The server's SQL stores find no text with quotes or backslashes, however they are escaped.
+    plain = _UNQUOTABLE.split(task.workflow_type, maxsplit=1)[0]
+    comparison = "=" if plain == task.workflow_type else "STARTS_WITH"
+    return f"{attribute} {comparison} '{plain}'"
+
+
+# Refusals that do not depend on what carries the task.
+
+
+def is_anothers(task_id: str) -> TaskConflictError:
+    return TaskConflictError(
+        f"The task id {task_id!r} is in use, by a run of another task or workflow. Choose another id."
+    )
+
+
+def unknown(task: TaskAddress, task_id: str) -> TaskNotFoundError:
+    return TaskNotFoundError(f"There is no run {task_id!r} of task {task.name!r}.")
+
+
+def unknown_anywhere(task_id: str) -> TaskNotFoundError:
+    return TaskNotFoundError(
+        f"There is no task run {task_id!r}: it was never submitted, or the server's retention is over."
+    )
+
+
+def goes_on(task: TaskAddress, task_id: str) -> TaskConflictError:
+    return TaskConflictError(f"Run {task_id!r} of task {task.name!r} is going on; there is nothing to resume.")
+
+
+def has_completed(task: TaskAddress, task_id: str) -> TaskConflictError:
+    return TaskConflictError(
+        f"Run {task_id!r} of task {task.name!r} has completed; get its result, or submit another run."
+    )
+
+
+def resumed_elsewhere(task: TaskAddress, task_id: str) -> TaskConflictError:
+    return TaskConflictError(f"Run {task_id!r} of task {task.name!r} was resumed by somebody else.")
 
 
 def raw_client(client: Client) -> Client:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from temporalio.api.activity.v1 import ActivityExecutionInfo
 from temporalio.api.common.v1 import Payload
-from temporalio.api.enums.v1 import WorkflowExecutionStatus
+from temporalio.api.enums.v1 import ActivityExecutionStatus, WorkflowExecutionStatus
 from temporalio.api.failure.v1 import Failure
 from temporalio.exceptions import FailureError
 
@@ -20,16 +21,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from google.protobuf.timestamp_pb2 import Timestamp
-    from temporalio.api.workflow.v1 import WorkflowExecutionInfo
-    from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
+    from temporalio.api.workflow.v1 import PendingActivityInfo, WorkflowExecutionInfo
+    from temporalio.api.workflowservice.v1 import (
+        DescribeActivityExecutionResponse,
+        DescribeWorkflowExecutionResponse,
+    )
     from temporalio.client import WorkflowFailureError
 
     from temporal_async_task.engine.values import PayloadValues
+
+    _Info = WorkflowExecutionInfo | ActivityExecutionInfo
 
 _ENDED_WITHOUT_CODE = {
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_TERMINATED: "TerminatedError",
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_TIMED_OUT: "TimeoutError",
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: wire.CANCELLED,
+}
+_CANCELLED_BY_THE_SERVER = {
+    ActivityExecutionStatus.ACTIVITY_EXECUTION_STATUS_CANCELED,  # while it waited
+    ActivityExecutionStatus.ACTIVITY_EXECUTION_STATUS_TIMED_OUT,  # its cleanup's worker was lost; no other limit is set
 }
 
 
@@ -46,14 +56,46 @@ async def running(
         status = TaskStatus.PROCESSING if held or result is not None else TaskStatus.PENDING
         due = min((record.due for record in journal if record.due is not None), default=None)
         return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
-    waiting = activity.state not in IN_AN_ATTEMPT
+    begun = bool(held) or (activity.attempt > 1 and not _is_untouched(details))
+    lost = await _attempt_lost(activity.last_failure, values)
+    return _under_way(
+        task_id, info, journal, activity, waiting=activity.state not in IN_AN_ATTEMPT, begun=begun, lost=lost
+    )
+
+
+async def running_activity(
+    task_id: str, found: DescribeActivityExecutionResponse, values: PayloadValues
+) -> TaskResult[Any]:
+    """A run that has not ended, carried by a standalone activity."""
+    info = found.info
+    held = info.header.fields.get(wire.MEMO_JOURNAL)
+    details = info.heartbeat_details.payloads[:1]
+    journal = await _journal(details or ([held] if held else []), values)
+    # By its start and not by the number of its attempts, which a reset sets back.
+    begun = bool(held) or (info.HasField("last_started_time") and not _is_untouched(details))
+    lost = await _attempt_lost(info.last_failure, values)
+    return _under_way(task_id, info, journal, info, waiting=info.run_state not in IN_AN_ATTEMPT, begun=begun, lost=lost)
+
+
+def _is_untouched(details: Sequence[Payload]) -> bool:
+    return any(wire.NOTHING_BEGUN in payload.metadata for payload in details)
+
+
+def _under_way(
+    task_id: str,
+    info: _Info,
+    journal: Journal,
+    activity: PendingActivityInfo | ActivityExecutionInfo,
+    *,
+    waiting: bool,
+    begun: bool,
+    lost: str | None,
+) -> TaskResult[Any]:
     next_retry_at = None
     if waiting and activity.attempt > 1 and activity.HasField("next_attempt_schedule_time"):
         next_retry_at = _time(activity.next_attempt_schedule_time)
-    lost = await _attempt_lost(activity.last_failure, values)
     last_error = (waiting and lost) or _last_error(journal) or lost  # an attempt that goes on may have failed at more
-    begun = activity.attempt > 1 and not any(wire.NOTHING_BEGUN in payload.metadata for payload in details)
-    if waiting and not begun and not held:
+    if waiting and not begun:
         return _picture(task_id, TaskStatus.PENDING, info, journal, next_retry_at=next_retry_at, last_error=last_error)
     return _picture(
         task_id,
@@ -68,7 +110,7 @@ async def running(
 
 
 async def completed(
-    task_id: str, info: WorkflowExecutionInfo, result: Payload, values: PayloadValues, result_type: Any
+    task_id: str, info: _Info, result: Payload, values: PayloadValues, result_type: Any
 ) -> TaskResult[Any]:
     """A run that ended with a result."""
     journal = await _journal(_header_of(result), values)
@@ -103,6 +145,33 @@ async def failed(
     )
 
 
+async def failed_activity(
+    task_id: str, found: DescribeActivityExecutionResponse, values: PayloadValues
+) -> TaskResult[Any]:
+    """A run that ended without a result, carried by a standalone activity. Its last heartbeat is its journal."""
+    info, failure = found.info, found.outcome.failure
+    held = info.header.fields.get(wire.MEMO_JOURNAL)
+    journal = await _journal(info.heartbeat_details.payloads[:1] or ([held] if held else []), values)
+    kind = failure.application_failure_info.type
+    if info.status == ActivityExecutionStatus.ACTIVITY_EXECUTION_STATUS_TERMINATED:
+        message, error_type = failure.message, "TerminatedError"
+    elif info.status in _CANCELLED_BY_THE_SERVER or kind in {wire.ATTEMPT_ENDED, wire.ATTEMPT_LEFT}:
+        message = info.canceled_reason if journal.cancel_reason is None else journal.cancel_reason
+        error_type = wire.CANCELLED
+    else:
+        plain = await values.plain_failure(failure)
+        message, error_type = plain.message, plain.application_failure_info.type or "Error"
+    return _picture(
+        task_id,
+        TaskStatus.FAILED,
+        info,
+        journal,
+        error=await values.unseal_text(message),
+        error_type=error_type,
+        completed_at=_time(info.close_time),
+    )
+
+
 def failure_of(error: WorkflowFailureError) -> Failure:
     """What the server has kept of a run's failure."""
     cause = error.cause
@@ -129,9 +198,7 @@ async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     return Journal.of_header(plain.data)
 
 
-def _picture(
-    task_id: str, status: TaskStatus, info: WorkflowExecutionInfo, journal: Journal, **fields: Any
-) -> TaskResult[Any]:
+def _picture(task_id: str, status: TaskStatus, info: _Info, journal: Journal, **fields: Any) -> TaskResult[Any]:
     begun = [record for record in journal if record.is_begun]
     records = sorted(begun, key=lambda record: (record.started is None, record.started or 0.0))
     unfinished = [record for record in records if record.finished is None]
@@ -153,9 +220,12 @@ def _picture(
     )
 
 
-def _created(info: WorkflowExecutionInfo) -> datetime:
-    first = info.memo.fields.get(wire.MEMO_CREATED)
-    return _time(wire.created_time(first) if first else info.start_time)
+def _created(info: _Info) -> datetime:
+    if isinstance(info, ActivityExecutionInfo):
+        first, start = info.header.fields.get(wire.MEMO_CREATED), info.schedule_time
+    else:
+        first, start = info.memo.fields.get(wire.MEMO_CREATED), info.start_time
+    return _time(wire.created_time(first) if first else start)
 
 
 def _step(record: StepRecord) -> StepStatus:

@@ -221,6 +221,11 @@ class Runner(Attempt):
 
     async def wait_for(self, key: str, timeout: float | None, hint: Any) -> Any:
         """Wait for an event from outside. See ``steps.wait_for``."""
+        if not self.settings.events and not self.settings.local:
+            raise StepUsageError(
+                f"wait_for({key!r}) waits for an event from outside, which cannot come to a task with "
+                f"execution='activity'. Define the task with execution='workflow', or poll() for what you wait for."
+            )
         if not self.settings.events:
             raise StepUsageError(
                 f"wait_for({key!r}) waits for an event from outside, and there is no server to bring it. Submit the "

@@ -17,7 +17,7 @@ from temporalio.common import RawValue
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 
 WORKFLOW_PREFIX = "asyncTask_"
-"""A task's workflow type is this and its name."""
+"""A task's workflow type is this and its name; so is the type of the standalone activity that carries a run."""
 ACTIVITY_ID = "task-"
 """How the ids of the activities that carry a run begin; a number follows. There is one at a time, but for one whose
 worker is gone, which the server keeps until the run ends."""
@@ -55,6 +55,11 @@ SIGNAL_CANCEL = "asyncTaskCancel"
 SIGNAL_EVENT = "asyncTaskEvent"
 PAUSED_TO_CANCEL = "asyncTaskCancel: "
 """How the reason begins for which an activity is paused, if that is to cancel its run. The rest is the caller's."""
+
+CANCEL_MARK = "asyncTaskCancel: "
+"""How the entry begins, among a standalone activity's error types that are not retried, which says that its run is
+cancelled. The rest is the caller's reason. It is the one text of such an activity that can be changed while it waits,
+and that its attempts get to see."""
 
 _HOLD = "asyncTaskHold"
 

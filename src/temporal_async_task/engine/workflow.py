@@ -21,9 +21,9 @@ from temporal_async_task.engine import wire
 
 # How attempts are repeated is the engine's business: an attempt that ends in order says when the next is due. What is
 # left to this policy is the attempt whose worker was lost: the next one begins after a second, as often as it takes.
-_ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficient=1.0)
+ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficient=1.0)
 # The server wants a bound. It is not what notices a dead worker (the heartbeat timeout is).
-_NO_LIMIT = timedelta(days=3650)
+NO_LIMIT = timedelta(days=3650)
 _LOOKS = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=2))
 _LOOK_AGAIN = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between two looks at an activity that is to be cancelled; the last for all that follow."""
@@ -103,9 +103,9 @@ class TaskWorkflow:
             args=[RawValue(attempt.to_payload()), params, *map(RawValue, payloads)],
             activity_id=f"{wire.ACTIVITY_ID}{self._activities}",
             result_type=RawValue,
-            start_to_close_timeout=_NO_LIMIT,
+            start_to_close_timeout=NO_LIMIT,
             heartbeat_timeout=timedelta(seconds=start.heartbeat_timeout),
-            retry_policy=_ATTEMPTS,
+            retry_policy=ATTEMPTS,
             cancellation_type=workflow.ActivityCancellationType.TRY_CANCEL,
         )
         await self._until(lambda: activity.done() or (self._is_cancelled() and not attempt.cancelled))

@@ -31,7 +31,7 @@ from temporal_async_task.integrations.reports import Report, ReportedEvent, as_j
 from temporal_async_task.retry import RetryPolicy, Verdict, decide
 from temporal_async_task.status import StepState
 from temporal_async_task.steps import check_text, runner_var, step
-from temporal_async_task.task import TemporalAsyncTask
+from temporal_async_task.task import Execution, TemporalAsyncTask
 
 if TYPE_CHECKING:
     from temporalio.client import Client
@@ -107,7 +107,7 @@ class ReportedTask(TemporalAsyncTask[P, R], Generic[P, R]):
             step_timeout=task.step_timeout,
             timeout=task.timeout,
             heartbeat_timeout=task.heartbeat_timeout,
-            execution=cast("Any", task.execution),
+            execution=task.own_execution,
         )
         self.takes_params, self.params_type, self.result_type = task.takes_params, task.params_type, task.result_type
         functools.update_wrapper(self, task.task_function, updated=())
@@ -122,6 +122,10 @@ class ReportedTask(TemporalAsyncTask[P, R], Generic[P, R]):
     def use_default_queue(self, task_queue: str) -> None:
         super().use_default_queue(task_queue)
         self._task.use_default_queue(task_queue)
+
+    def use_default_execution(self, execution: Execution) -> None:
+        super().use_default_execution(execution)
+        self._task.use_default_execution(execution)
 
     def set_client(self, client: Client) -> None:
         super().set_client(client)
