@@ -9,6 +9,7 @@ import pytest
 from postgres import PrivatePostgres
 from support import App, Meter
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.task import Execution
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +19,16 @@ async def server() -> AsyncIterator[DevServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def execution() -> Execution:
+    """What carries the test's runs; ``on_both`` (tests/support.py) runs a test on each."""
+    return "workflow"
+
+
 @pytest.fixture
-async def app(server: DevServer) -> AsyncIterator[App]:
+async def app(server: DevServer, execution: Execution) -> AsyncIterator[App]:
     """Components on a task queue of the test's own. Whatever the test started is stopped with it."""
-    app = App(server.address, f"queue-{uuid.uuid4().hex[:8]}")
+    app = App(server.address, f"queue-{uuid.uuid4().hex[:8]}", execution)
     yield app
     await app.stop()
 

@@ -12,8 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
+import pytest
+from temporalio.api.workflowservice.v1 import (
+    PauseActivityExecutionRequest,
+    ResetActivityExecutionRequest,
+    UnpauseActivityExecutionRequest,
+)
+from temporalio.client import Client
 from temporalio.runtime import MetricBuffer, Runtime, TelemetryConfig
 
 from temporal_async_task import (
@@ -24,6 +31,8 @@ from temporal_async_task import (
     TaskStatus,
     TemporalAsyncTask,
 )
+from temporal_async_task.engine import wire
+from temporal_async_task.task import Execution
 
 AT_ONCE = RetryPolicy(max_retries=3, initial_delay=0.01, max_delay=0.01, jitter=0)
 """Retries that are spent in the attempt."""
@@ -32,6 +41,12 @@ BY_TIMER = RetryPolicy(max_retries=3, initial_delay=1.05, max_delay=1.05, jitter
 FOR_AN_HOUR = RetryPolicy(max_retries=3, initial_delay=3600, max_delay=3600, jitter=0)
 """A backoff that outlasts the test."""
 NEVER_AGAIN = RetryPolicy(max_retries=0)
+
+
+on_both = pytest.mark.parametrize("execution", get_args(Execution))
+"""A test that runs twice: once with a workflow around each run, once with the activity alone."""
+on_an_activity = pytest.mark.parametrize("execution", ["activity"])
+"""A test of what is so with the activity alone."""
 
 
 async def wait_until(condition: Callable[[], Any], *, timeout: float = 10.0, interval: float = 0.02) -> Any:
@@ -82,17 +97,66 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+class Operator:
+    """What somebody does to a run with Temporal's own means: its UI, its command."""
+
+    def __init__(self, client: Client, execution: Execution, task_id: str) -> None:
+        self._client = client
+        self._task_id = task_id
+        self._in_workflow = execution == "workflow"
+        self._which = {
+            "namespace": client.namespace,
+            "workflow_id": task_id if self._in_workflow else "",
+            "activity_id": f"{wire.ACTIVITY_ID}1" if self._in_workflow else task_id,
+            "identity": "an operator",
+        }
+
+    def _handle(self) -> Any:
+        if self._in_workflow:
+            return self._client.get_workflow_handle(self._task_id)
+        return self._client.get_activity_handle(self._task_id)
+
+    async def cancel(self) -> None:
+        await self._handle().cancel()
+
+    async def terminate(self, reason: str | None = None) -> None:
+        await self._handle().terminate(reason=reason)
+
+    async def pause(self) -> None:
+        request = PauseActivityExecutionRequest(**self._which, reason="the vendor is down")
+        await self._client.workflow_service.pause_activity_execution(request)
+
+    async def unpause(self) -> None:
+        await self._client.workflow_service.unpause_activity_execution(UnpauseActivityExecutionRequest(**self._which))
+
+    async def reset(self) -> None:
+        await self._client.workflow_service.reset_activity_execution(ResetActivityExecutionRequest(**self._which))
+
+    async def attempt(self) -> int:
+        """The number of the run's attempt."""
+        if not self._in_workflow:
+            return int((await self._handle().describe()).attempt)
+        found = await self._handle().describe()
+        return max((one.attempt for one in found.raw_description.pending_activities), default=0)
+
+
 class App:
     """One test's application: components on a task queue of its own, stopped with the test."""
 
-    def __init__(self, address: str, queue: str) -> None:
+    def __init__(self, address: str, queue: str, execution: Execution = "workflow") -> None:
         self.address = address
         self.queue = queue
+        self.execution: Execution = execution
         self._components: list[AsyncTaskComponent] = []
 
     def component(self, *tasks: TemporalAsyncTask[Any, Any], **config: Any) -> AsyncTaskComponent:
         """A component that knows the tasks, and is neither connected nor started."""
-        settings = {"temporal_address": self.address, "task_queue": self.queue, "graceful_shutdown_timeout": 0.05}
+        settings = {
+            "temporal_address": self.address,
+            "task_queue": self.queue,
+            "execution": self.execution,
+            "graceful_shutdown_timeout": 0.05,
+        }
         component = AsyncTaskComponent(AsyncTaskComponentConfig(**{**settings, **config}))
         component.register_all(tasks)
         self._components.append(component)
@@ -109,6 +173,10 @@ class App:
         component = self.component(*tasks, **config)
         await component.start()
         return component
+
+    def operator(self, component: AsyncTaskComponent, task_id: str) -> Operator:
+        """Somebody who handles a run with Temporal's own means."""
+        return Operator(component.client, self.execution, task_id)
 
     async def stop(self) -> None:
         await asyncio.gather(*(component.stop() for component in self._components))
@@ -151,6 +219,7 @@ class WorkerProcess:
             **os.environ,
             "TEMPORAL_ADDRESS": app.address,
             "TEMPORAL_TASK_QUEUE": app.queue,
+            "ASYNC_TASK_EXECUTION": app.execution,
             "PYTHONPATH": os.pathsep.join(sys.path),
             **env,
         }

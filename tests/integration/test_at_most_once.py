@@ -19,6 +19,7 @@ from support import (
     CallLog,
     WorkerProcess,
     ended,
+    on_both,
     status_when,
     wait_until,
     work,
@@ -223,6 +224,7 @@ async def test_a_call_in_which_the_run_was_cancelled_is_not_made_again_when_it_i
     assert vendor.calls == ["pay"]
 
 
+@on_both
 async def test_a_call_in_which_the_run_was_terminated_is_not_made_again_when_it_is_resumed(app: App):
     vendor = Vendor()
 
@@ -233,10 +235,10 @@ async def test_a_call_in_which_the_run_was_terminated_is_not_made_again_when_it_
         except StepOutcomeUnknownError:
             return "unknown"
 
-    client = (await app.start(buy)).client
+    worker = await app.start(buy)
     task_id = await buy.submit()
     await wait_until(lambda: vendor.calls)
-    await client.get_workflow_handle(task_id).terminate()
+    await app.operator(worker, task_id).terminate()
     await status_when(buy, task_id, ended)
     await buy.resume(task_id)
     assert await buy.result(task_id, timeout=10) == "unknown"

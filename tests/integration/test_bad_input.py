@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from support import AT_ONCE, App, ended, status_when, wait_until
+from support import AT_ONCE, App, ended, on_both, status_when, wait_until
 from temporal_async_task import (
     AsyncTaskError,
     ConfigError,
@@ -109,6 +109,7 @@ async def test_params_for_a_task_that_takes_none_are_refused(app: App):
         await tidy_up.submit("something")  # type: ignore[arg-type]
 
 
+@on_both
 async def test_params_over_the_servers_limit_are_refused_with_their_size(app: App):
     shoot = task_for(str)
     await app.connect(shoot)
@@ -119,6 +120,7 @@ async def test_params_over_the_servers_limit_are_refused_with_their_size(app: Ap
         await shoot.get_status(task_id)
 
 
+@on_both
 async def test_params_just_below_the_limit_are_taken(app: App):
     @async_task
     async def measure(text: str) -> int:
@@ -128,6 +130,7 @@ async def test_params_just_below_the_limit_are_taken(app: App):
     assert await measure.run("x" * 1_900_000, timeout=20) == 1_900_000
 
 
+@on_both
 async def test_params_that_a_worker_cannot_read_fail_the_run_and_say_why(app: App):
     @async_task(name="shoot")
     async def submitted(params: dict[str, Any]) -> None: ...
@@ -166,6 +169,7 @@ async def test_a_step_result_over_the_limit_fails_the_task_with_step_and_size_an
     assert len(calls) == 1
 
 
+@on_both
 async def test_step_results_over_the_limit_together_fail_the_task_and_keep_what_was_done(app: App):
     async def large() -> str:
         return "x" * 900_000
@@ -197,6 +201,7 @@ async def test_a_body_may_go_on_without_a_result_that_was_too_large(app: App):
     assert (run.status, run.result) == (TaskStatus.COMPLETED, "image")
 
 
+@on_both
 async def test_a_task_result_over_the_limit_fails_the_task_and_keeps_what_was_done(app: App):
     bodies = []
 
@@ -213,6 +218,7 @@ async def test_a_task_result_over_the_limit_fails_the_task_and_keeps_what_was_do
     assert len(bodies) == 1
 
 
+@on_both
 async def test_results_just_below_the_limit_are_taken(app: App):
     async def large() -> str:
         return "x" * 1_900_000
@@ -346,6 +352,7 @@ async def test_a_name_that_cannot_be_one_is_refused(text: Any, says: str):
         TemporalAsyncTask(text, generate)
 
 
+@on_both
 async def test_the_longest_texts_are_taken(app: App):
     @async_task(name="n" * (255 - len("asyncTask_")))
     async def shoot() -> str:

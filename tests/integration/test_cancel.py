@@ -11,26 +11,27 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.workflowservice.v1 import PauseActivityRequest, ResetActivityRequest, UnpauseActivityRequest
-from temporalio.client import Client
 
 from support import (
     FOR_AN_HOUR,
     NEVER_AGAIN,
     App,
     CallLog,
+    Operator,
     WorkerProcess,
     backs_off,
     ended,
+    on_an_activity,
+    on_both,
     status_when,
     wait_until,
     work,
 )
 from temporal_async_task import (
+    AsyncTaskComponent,
     RetryPolicy,
     StepState,
     TaskCancelledError,
@@ -46,7 +47,8 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
-from temporal_async_task.engine import attempt, wire
+from temporal_async_task.engine import attempt
+from temporal_async_task.task import Execution
 
 PROMPT = 3.0
 """Seconds in which a cancellation gets through, cleanup included, while many runs and other tests are at work."""
@@ -141,9 +143,27 @@ WAITING: tuple[Place, ...] = (
     in_a_backoff_and_a_wait_for,
     in_a_poll_and_a_sleep,
 )
-anywhere = pytest.mark.parametrize("place", RUNNING + WAITING, ids=lambda place: place.__name__)
-while_it_runs = pytest.mark.parametrize("place", RUNNING, ids=lambda place: place.__name__)
-while_it_waits = pytest.mark.parametrize("place", WAITING, ids=lambda place: place.__name__)
+NEED_EVENTS = {in_a_step_and_a_wait_for, in_a_wait_for, in_a_backoff_and_a_wait_for}
+Spot = tuple[Execution, Place]
+
+
+def spots(places: Iterable[Place]) -> list[Spot]:
+    """The places, on each of the two that can carry a run."""
+    spots: list[Spot] = [("workflow", place) for place in places]
+    return spots + [("activity", place) for place in places if place not in NEED_EVENTS]
+
+
+def at(*places: Place) -> pytest.MarkDecorator:
+    """A test of a run that stands at one of the places, whatever carries it."""
+    found = spots(places)
+    return pytest.mark.parametrize(
+        ("execution", "place"), found, ids=[f"{execution}-{place.__name__}" for execution, place in found]
+    )
+
+
+anywhere = at(*RUNNING, *WAITING)
+while_it_runs = at(*RUNNING)
+while_it_waits = at(*WAITING)
 
 
 def order(place: Place, vendor: Vendor, **options: Any) -> TemporalAsyncTask[None, str]:
@@ -159,13 +179,15 @@ def order(place: Place, vendor: Vendor, **options: Any) -> TemporalAsyncTask[Non
             raise
         return "done"
 
-    return TemporalAsyncTask[None, str](place.__name__, body, **{"heartbeat_timeout": HEARTBEAT, **options})
+    return TemporalAsyncTask[None, str](
+        **{"name": place.__name__, "task": body, "heartbeat_timeout": HEARTBEAT, **options}
+    )
 
 
 CLEANUP_BACKOFF = 1.5
 
 
-def order_with_a_flaky_cleanup(place: Place, vendor: Vendor) -> TemporalAsyncTask[None, str]:
+def order_with_a_flaky_cleanup(place: Place, vendor: Vendor, **options: Any) -> TemporalAsyncTask[None, str]:
     async def flaky() -> None:
         vendor.calls.append("cleanup")
         if vendor.calls.count("cleanup") == 1:
@@ -182,7 +204,7 @@ def order_with_a_flaky_cleanup(place: Place, vendor: Vendor) -> TemporalAsyncTas
             raise
         return "done"
 
-    return TemporalAsyncTask[None, str](f"flaky {place.__name__}", body, heartbeat_timeout=HEARTBEAT)
+    return TemporalAsyncTask[None, str](**{"task": body, "heartbeat_timeout": HEARTBEAT, **options})
 
 
 def waits(run: TaskResult[Any]) -> bool:
@@ -222,17 +244,20 @@ async def cancelled_as(task: TemporalAsyncTask[None, str], task_id: str, vendor:
     return Story(vendor.calls, await task.get_status(task_id), took)
 
 
-Stories = dict[Place, asyncio.Task[Story]]
+Stories = dict[Spot, asyncio.Task[Story]]
 
 
 @contextlib.asynccontextmanager
-async def at_once(address: str, places: Iterable[Place], tell: Callable[..., Any], make: Any) -> AsyncIterator[Stories]:
-    """For each place a run that is cancelled there, all at the same time, and while other tests run."""
+async def at_once(address: str, spots: Iterable[Spot], tell: Callable[..., Any], make: Any) -> AsyncIterator[Stories]:
+    """For each spot a run that is cancelled there, all at the same time, and while other tests run."""
     app = App(address, f"queue-{uuid.uuid4().hex[:8]}")
-    vendors = {place: Vendor() for place in places}
-    tasks = {place: make(place, vendor) for place, vendor in vendors.items()}
+    vendors = {spot: Vendor() for spot in spots}
+    tasks = {
+        (execution, place): make(place, vendor, name=f"{execution} {place.__name__}", execution=execution)
+        for (execution, place), vendor in vendors.items()
+    }
     await app.start(*tasks.values())
-    stories = {place: asyncio.create_task(tell(place, tasks[place], vendors[place])) for place in tasks}
+    stories = {spot: asyncio.create_task(tell(spot[1], tasks[spot], vendors[spot])) for spot in tasks}
     yield stories
     for story in stories.values():
         story.cancel()
@@ -244,7 +269,7 @@ async def at_once(address: str, places: Iterable[Place], tell: Callable[..., Any
 
 @pytest.fixture(scope="module")
 async def stories(server: DevServer) -> AsyncIterator[Stories]:
-    async with at_once(server.address, RUNNING + WAITING, cancelled_at, order) as stories:
+    async with at_once(server.address, spots(RUNNING + WAITING), cancelled_at, order) as stories:
         yield stories
 
 
@@ -260,42 +285,55 @@ async def by_default(server: DevServer) -> AsyncIterator[Stories]:
         return await cancelled_as(task, task_id, vendor)
 
     make = functools.partial(order, heartbeat_timeout=15.0)
-    async with at_once(server.address, [in_an_async_step], cancelled_later, make) as stories:
+    async with at_once(server.address, spots([in_an_async_step]), cancelled_later, make) as stories:
         yield stories
 
 
 @pytest.fixture(scope="module", autouse=True)
 async def retried(server: DevServer) -> AsyncIterator[Stories]:
     """With a cleanup that fails at first."""
-    places = [in_an_async_step, in_a_backoff, in_an_await_outside_of_steps]
+    places = spots([in_an_async_step, in_a_backoff, in_an_await_outside_of_steps])
     async with at_once(server.address, places, cancelled_at, order_with_a_flaky_cleanup) as stories:
         yield stories
 
 
 @pytest.fixture(scope="module", autouse=True)
-async def killed(server: DevServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[asyncio.Task[Story]]:
-    """A run whose worker is killed in its cleanup. It takes a while, and goes on while the other tests run."""
-    app = App(server.address, f"queue-{uuid.uuid4().hex[:8]}")
-    story = asyncio.create_task(killed_in_its_cleanup(app, CallLog(tmp_path_factory.mktemp("calls") / "log")))
-    yield story
-    story.cancel()
-    await asyncio.wait([story])
-    await app.stop()
+async def killed(
+    server: DevServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[dict[Execution, asyncio.Task[Story]]]:
+    """Runs whose worker is killed in their cleanup. It takes a while, and goes on while the other tests run."""
+    apps = [App(server.address, f"queue-{uuid.uuid4().hex[:8]}", execution) for execution in get_args(Execution)]
+    stories: dict[Execution, asyncio.Task[Story]] = {
+        app.execution: asyncio.create_task(
+            killed_in_its_cleanup(app, CallLog(tmp_path_factory.mktemp("calls") / "log"))
+        )
+        for app in apps
+    }
+    yield stories
+    for story in stories.values():
+        story.cancel()
+    await asyncio.wait(stories.values())
+    for app in apps:
+        await app.stop()
 
 
 # Wherever it stands -----------------------------------------------------------------------------------------
 
 
 @anywhere
-async def test_the_body_gets_a_cancelled_error_where_it_waits_and_may_clean_up_with_steps(stories: Any, place: Place):
-    story = await stories[place]
+async def test_the_body_gets_a_cancelled_error_where_it_waits_and_may_clean_up_with_steps(
+    stories: Any, execution: Execution, place: Place
+):
+    story = await stories[execution, place]
     calls = [call for call in story.calls if call != "work"]
     assert calls == ["first", "CancelledError", "cleanup"]
 
 
 @anywhere
-async def test_the_status_of_a_cancelled_run_says_why_and_what_was_done(stories: Any, place: Place):
-    run = (await stories[place]).run
+async def test_the_status_of_a_cancelled_run_says_why_and_what_was_done(
+    stories: Any, execution: Execution, place: Place
+):
+    run = (await stories[execution, place]).run
     assert (run.status, run.error_type) == (TaskStatus.FAILED, "TaskCancelledError")
     assert run.error == "the customer changed their mind"
     assert run.completed_steps == ("first", "cleanup")
@@ -303,31 +341,37 @@ async def test_the_status_of_a_cancelled_run_says_why_and_what_was_done(stories:
 
 
 @anywhere
-async def test_a_cancelled_step_is_not_called_again(stories: Any, place: Place):
-    story = await stories[place]
+async def test_a_cancelled_step_is_not_called_again(stories: Any, execution: Execution, place: Place):
+    story = await stories[execution, place]
     assert story.calls.count("work") <= 1
 
 
 @while_it_waits
-async def test_a_run_that_waits_is_cancelled_within_a_second(server: DevServer, place: Place):
+async def test_a_run_that_waits_is_cancelled_within_a_second(server: DevServer, execution: Execution, place: Place):
     took = []
     for _ in range(3):  # and not slower because of the other tests that run meanwhile
-        async with at_once(server.address, [place], cancelled_at, order) as stories:
-            took.append((await stories[place]).took)
+        async with at_once(server.address, [(execution, place)], cancelled_at, order) as stories:
+            took.append((await stories[execution, place]).took)
         if took[-1] < 1:
             break
     assert min(took) < 1
 
 
 @while_it_runs
-async def test_a_run_that_is_at_work_is_cancelled_within_the_keep_alive_interval(stories: Any, place: Place):
-    assert (await stories[place]).took < HEARTBEAT / 3 + PROMPT
+async def test_a_run_that_is_at_work_is_cancelled_within_the_keep_alive_interval(
+    stories: Any, execution: Execution, place: Place
+):
+    assert (await stories[execution, place]).took < HEARTBEAT / 3 + PROMPT
 
 
-async def test_a_running_step_learns_of_its_cancellation_within_five_seconds_by_default(by_default: Any):
-    assert (await by_default[in_an_async_step]).took < 5 + PROMPT
+@at(in_an_async_step)
+async def test_a_running_step_learns_of_its_cancellation_within_five_seconds_by_default(
+    by_default: Any, execution: Execution, place: Place
+):
+    assert (await by_default[execution, place]).took < 5 + PROMPT
 
 
+@on_both
 async def test_a_cancellation_reaches_a_run_while_the_results_of_its_steps_are_saved(app: App):
     calls = []
 
@@ -369,6 +413,7 @@ async def test_a_cancellation_is_prompt_though_the_worker_has_no_slot_left(app: 
 # Before it begins, and when it ends -------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_run_that_is_cancelled_before_any_worker_came_never_begins(app: App):
     vendor = Vendor()
     task = order(in_a_sleep, vendor)
@@ -381,17 +426,24 @@ async def test_a_run_that_is_cancelled_before_any_worker_came_never_begins(app: 
     assert vendor.calls == []
 
 
+@on_both
 async def test_a_run_that_no_worker_knows_is_cancelled_before_it_begins(app: App):
     unknown, known = order(in_a_sleep, Vendor()), order(in_a_poll, Vendor())
-    client = (await app.connect(unknown)).client
+    web = await app.connect(unknown)
     await app.start(known)
     task_id = await unknown.submit()
-    await wait_until(lambda: is_left(client, task_id))
+    operator = app.operator(web, task_id)
+
+    async def is_left() -> bool:  # by the worker, at its first attempt
+        return await operator.attempt() > 1
+
+    await wait_until(is_left)
     await unknown.cancel(task_id, "not wanted any more")
     run = await status_when(unknown, task_id, ended)
     assert (run.error_type, run.error) == ("TaskCancelledError", "not wanted any more")
 
 
+@on_both
 async def test_a_cancellation_that_no_worker_is_there_for_is_kept_for_one(app: App):
     vendor = Vendor()
     task = order(in_a_backoff, vendor)
@@ -406,6 +458,7 @@ async def test_a_cancellation_that_no_worker_is_there_for_is_kept_for_one(app: A
     assert vendor.calls == ["first", "work", "CancelledError", "cleanup"]
 
 
+@on_both
 async def test_a_run_that_is_cancelled_during_its_delay_never_begins(app: App):
     vendor = Vendor()
     task = order(in_a_sleep, vendor)
@@ -419,6 +472,7 @@ async def test_a_run_that_is_cancelled_during_its_delay_never_begins(app: App):
     assert vendor.calls == []
 
 
+@on_both
 async def test_a_task_without_steps_is_not_called_again_to_be_cancelled(app: App):
     vendor = Vendor()
     task = TemporalAsyncTask[None, None]("single", vendor.fail, retry_policy=FOR_AN_HOUR)
@@ -431,6 +485,7 @@ async def test_a_task_without_steps_is_not_called_again_to_be_cancelled(app: App
     assert vendor.calls == ["work"]
 
 
+@on_both
 async def test_cancelling_a_completed_run_changes_nothing(app: App):
     @async_task
     async def echo(text: str) -> str:
@@ -456,7 +511,16 @@ async def last_event(number: int) -> None:
     await wait_for("last")
 
 
-@pytest.mark.parametrize("last", [last_step, last_sleep, last_event])
+@pytest.mark.parametrize(
+    ("execution", "last"),
+    [
+        ("workflow", last_step),
+        ("workflow", last_sleep),
+        ("workflow", last_event),
+        ("activity", last_step),
+        ("activity", last_sleep),
+    ],
+)
 async def test_a_run_that_is_cancelled_as_it_completes_is_either_completed_or_cancelled(app: App, last: Any):
     calls: dict[int, list[str]] = {number: [] for number in range(20)}
 
@@ -500,7 +564,7 @@ async def test_a_run_that_is_cancelled_as_it_completes_is_either_completed_or_ca
 # More than once, and by other means -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [in_an_async_step, in_a_backoff], ids=lambda place: place.__name__)
+@at(in_an_async_step, in_a_backoff)
 async def test_cancelling_twice_at_once_is_cancelling_once(app: App, place: Place):
     vendor = Vendor()
     task = order(place, vendor)
@@ -512,6 +576,7 @@ async def test_cancelling_twice_at_once_is_cancelling_once(app: App, place: Plac
     assert vendor.calls == ["first", "work", "CancelledError", "cleanup"]
 
 
+@on_both
 async def test_cancelling_again_does_not_interrupt_the_cleanup(app: App):
     calls = []
 
@@ -534,7 +599,7 @@ async def test_cancelling_again_does_not_interrupt_the_cleanup(app: App):
     await shoot.cancel(task_id, "why")
     await wait_until(lambda: "cleanup" in calls)
     await shoot.cancel(task_id, "again")
-    await worker.client.get_workflow_handle(task_id).cancel()
+    await app.operator(worker, task_id).cancel()
     await asyncio.sleep(HEARTBEAT / 3 + 0.2)  # in which the attempt would learn of it
     calls.append("again")
     run = await status_when(shoot, task_id, ended)
@@ -542,27 +607,87 @@ async def test_cancelling_again_does_not_interrupt_the_cleanup(app: App):
     assert calls == ["cleanup", "again", "cleaned up"]
 
 
-@pytest.mark.parametrize("place", [in_an_async_step, in_a_backoff, in_a_wait_for], ids=lambda place: place.__name__)
+@pytest.mark.parametrize(
+    ("execution", "place"),
+    [
+        ("workflow", in_an_async_step),
+        ("workflow", in_a_backoff),
+        ("workflow", in_a_wait_for),
+        ("activity", in_an_async_step),
+    ],
+)
 async def test_a_cancellation_by_temporals_own_means_lets_the_body_clean_up_too(app: App, place: Place):
     vendor = Vendor()
     task = order(place, vendor)
     worker = await app.start(task)
     task_id = await submitted(task, place, vendor)
-    await worker.client.get_workflow_handle(task_id).cancel()
+    await app.operator(worker, task_id).cancel()
     run = await status_when(task, task_id, ended)
     assert (run.status, run.error_type) == (TaskStatus.FAILED, "TaskCancelledError")
     assert run.completed_steps == ("first", "cleanup")
     assert vendor.calls[-2:] == ["CancelledError", "cleanup"]
 
 
+@on_an_activity
+async def test_a_cancellation_by_temporals_own_means_ends_an_activity_that_waits_without_its_cleanup(app: App):
+    vendor = Vendor()
+    task = order(in_a_backoff, vendor)
+    worker = await app.start(task)
+    task_id = await submitted(task, in_a_backoff, vendor)
+    await app.operator(worker, task_id).cancel()
+    with pytest.raises(TaskCancelledError):
+        await task.result(task_id, timeout=10)
+    assert (await task.get_status(task_id)).completed_steps == ("first",)
+    assert vendor.calls == ["first", "work"]
+    await task.resume(task_id)
+    await status_when(task, task_id, waits)
+    assert vendor.calls == ["first", "work", "work"], "the journal was kept"
+
+
+@on_an_activity
+async def test_a_cancellation_by_temporals_own_means_bounds_an_activitys_cleanup_to_its_attempt(app: App):
+    vendor = Vendor()
+    task = order_with_a_flaky_cleanup(in_an_async_step, vendor, name="flaky")
+    worker = await app.start(task)
+    task_id = await submitted(task, in_an_async_step, vendor)
+    await app.operator(worker, task_id).cancel()
+    run = await status_when(task, task_id, ended)
+    assert run.error_type == "TaskCancelledError"
+    assert run.completed_steps == ("first", "note")
+    assert vendor.calls == ["first", "work", "note", "cleanup"]
+
+
+@on_an_activity
+async def test_a_second_cancel_completes_one_that_was_cut_short(app: App, monkeypatch: pytest.MonkeyPatch):
+    vendor = Vendor()
+    task = order(in_a_backoff, vendor)
+    component = await app.start(task)
+    task_id = await submitted(task, in_a_backoff, vendor)
+    with monkeypatch.context() as dying:
+        dying.setattr(type(component.client.workflow_service), "reset_activity_execution", _dies)
+        with pytest.raises(ConnectionAbortedError):
+            await task.cancel(task_id, "why")
+    assert backs_off(await task.get_status(task_id))
+    await task.cancel(task_id, "another reason")
+    run = await status_when(task, task_id, ended)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "why")
+    assert vendor.calls == ["first", "work", "CancelledError", "cleanup"]
+
+
+async def _dies(*_: Any, **__: Any) -> None:
+    raise ConnectionAbortedError("the process is gone")
+
+
+@on_both
 async def test_a_cancellation_by_temporals_own_means_on_top_of_ours_does_not_prevent_the_cleanup(app: App):
     vendor = Vendor()
     task = order(in_an_async_step, vendor)
     worker = await app.start(task)
     task_id = await submitted(task, in_an_async_step, vendor)
     await task.cancel(task_id, "why")
-    await wait_until(lambda: is_paused(worker.client, task_id))  # it has been asked for, and the step does not know
-    await worker.client.get_workflow_handle(task_id).cancel()
+    if app.execution == "workflow":
+        await wait_until(lambda: is_paused(worker, task_id))  # it has been asked for, and the step does not know
+    await app.operator(worker, task_id).cancel()
     run = await status_when(task, task_id, ended)
     assert vendor.calls == ["first", "work", "CancelledError", "cleanup"]
     assert (run.error_type, run.error, run.completed_steps) == ("TaskCancelledError", "why", ("first", "cleanup"))
@@ -575,6 +700,7 @@ async def test_a_run_that_is_unknown_cannot_be_cancelled(app: App):
         await task.cancel("nobody-knows")
 
 
+@on_both
 async def test_a_run_of_another_task_cannot_be_cancelled(app: App):
     mine, yours = order(in_a_sleep, Vendor()), order(in_a_poll, Vendor())
     await app.start(mine, yours)
@@ -587,7 +713,7 @@ async def test_a_run_of_another_task_cannot_be_cancelled(app: App):
 # The cleanup ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [in_an_async_step, in_a_backoff], ids=lambda place: place.__name__)
+@at(in_an_async_step, in_a_backoff)
 async def test_the_status_shows_the_steps_of_the_cleanup_while_it_goes_on(app: App, place: Place):
     vendor, is_open = Vendor(), threading.Event()
 
@@ -612,11 +738,11 @@ async def test_the_status_shows_the_steps_of_the_cleanup_while_it_goes_on(app: A
     assert run.current_step == "cleanup", "'work' was cancelled: it neither runs nor is it waited for"
 
 
-@pytest.mark.parametrize(
-    "place", [in_an_async_step, in_a_backoff, in_an_await_outside_of_steps], ids=lambda place: place.__name__
-)
-async def test_a_step_of_the_cleanup_that_fails_is_retried_after_its_backoff(retried: Any, place: Place):
-    story = await retried[place]
+@at(in_an_async_step, in_a_backoff, in_an_await_outside_of_steps)
+async def test_a_step_of_the_cleanup_that_fails_is_retried_after_its_backoff(
+    retried: Any, execution: Execution, place: Place
+):
+    story = await retried[execution, place]
     assert (story.run.error_type, story.run.error) == ("TaskCancelledError", "the customer changed their mind")
     assert story.run.completed_steps == ("first", "note", "cleanup")
     calls = [call for call in story.calls if call != "work"]
@@ -624,6 +750,7 @@ async def test_a_step_of_the_cleanup_that_fails_is_retried_after_its_backoff(ret
     assert CLEANUP_BACKOFF <= story.took < HEARTBEAT / 3 + CLEANUP_BACKOFF + 2 * PROMPT
 
 
+@on_both
 async def test_a_cleanup_whose_step_fails_for_good_does_not_make_the_run_fail_of_it(app: App):
     vendor = Vendor()
 
@@ -695,24 +822,10 @@ async def test_a_cleanup_that_does_not_end_is_left_at_its_bound(app: App, monkey
 # An operator's own means ------------------------------------------------------------------------------------
 
 
-def operation(client: Client, task_id: str) -> dict[str, Any]:
-    return {
-        "namespace": client.namespace,
-        "execution": WorkflowExecution(workflow_id=task_id),
-        "identity": "an operator",
-        "id": f"{wire.ACTIVITY_ID}1",
-    }
-
-
-async def is_paused(client: Client, task_id: str) -> bool:
-    found = await client.get_workflow_handle(task_id).describe()
+async def is_paused(component: AsyncTaskComponent, task_id: str) -> bool:
+    """Of a run that a workflow carries."""
+    found = await component.client.get_workflow_handle(task_id).describe()
     return any(one.paused for one in found.raw_description.pending_activities)
-
-
-async def is_left(client: Client, task_id: str) -> bool:
-    """Whether a worker has given the first attempt back."""
-    found = await client.get_workflow_handle(task_id).describe()
-    return any(one.attempt > 1 for one in found.raw_description.pending_activities)
 
 
 class Gated:
@@ -744,35 +857,36 @@ class Gated:
 
 
 @pytest.fixture
-async def gated(app: App) -> AsyncIterator[tuple[Gated, Client, str]]:
-    """A run in the second of its three steps, and the worker's client."""
+async def gated(app: App) -> AsyncIterator[tuple[Gated, Operator, str]]:
+    """A run in the second of its three steps, and somebody to handle it."""
     gated = Gated()
     worker = await app.start(gated.task)
     task_id = await gated.task.submit()
     await wait_until(lambda: "work" in gated.calls)
-    yield gated, worker.client, task_id
+    yield gated, app.operator(worker, task_id), task_id
     gated.is_open = True
 
 
+@on_both
 async def test_a_run_that_an_operator_pauses_yields_after_its_step_and_goes_on_when_unpaused(gated: Any):
-    run, client, task_id = gated
-    operator = operation(client, task_id)
-    await client.workflow_service.pause_activity(PauseActivityRequest(**operator, reason="the vendor is down"))
+    run, operator, task_id = gated
+    await operator.pause()
     await asyncio.sleep(HEARTBEAT / 3 + 0.3)  # in which the attempt learns of it
     run.is_open = True
     await status_when(run.task, task_id, lambda run: run.completed_steps == ("first", "work"))
     await asyncio.sleep(1.2)  # longer than the server's floor between two attempts
     assert run.calls == ["first", "work"]
     assert (await run.task.get_status(task_id)).status is TaskStatus.PROCESSING
-    await client.workflow_service.unpause_activity(UnpauseActivityRequest(**operator))
+    await operator.unpause()
     assert await run.task.result(task_id, timeout=10) == "last"
     assert run.calls == ["first", "work", "last"]
     assert run.attempts == 2
 
 
+@on_both
 async def test_a_run_that_an_operator_resets_goes_on_without_calling_a_finished_step_again(gated: Any):
-    run, client, task_id = gated
-    await client.workflow_service.reset_activity(ResetActivityRequest(**operation(client, task_id)))
+    run, operator, task_id = gated
+    await operator.reset()
     await asyncio.sleep(HEARTBEAT / 3 + 0.3)  # in which the attempt learns of it
     run.is_open = True
     assert await run.task.result(task_id, timeout=10) == "last"
@@ -780,10 +894,10 @@ async def test_a_run_that_an_operator_resets_goes_on_without_calling_a_finished_
     assert run.attempts == 2, "it did yield"
 
 
+@on_both
 async def test_a_running_step_that_an_operator_has_paused_can_be_cancelled(gated: Any):
-    run, client, task_id = gated
-    operator = operation(client, task_id)
-    await client.workflow_service.pause_activity(PauseActivityRequest(**operator, reason="the vendor is down"))
+    run, operator, task_id = gated
+    await operator.pause()
     await asyncio.sleep(HEARTBEAT / 3 + 0.3)  # in which the attempt learns of it
     await run.task.cancel(task_id, "why")
     ended_run = await status_when(run.task, task_id, ended, timeout=HEARTBEAT / 3 + 2 * PROMPT)
@@ -794,6 +908,7 @@ async def test_a_running_step_that_an_operator_has_paused_can_be_cancelled(gated
 # With a worker that goes ------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_worker_stops_at_once_though_a_run_is_being_cancelled(app: App):
     vendor, is_open = Vendor(), threading.Event()
 
@@ -863,8 +978,9 @@ async def killed_in_its_cleanup(app: App, log: CallLog) -> Story:
     return Story([line[0] for line in log.lines()], run, time.monotonic() - before)
 
 
-async def test_a_run_whose_worker_is_killed_in_the_cleanup_is_cleaned_up_by_another(killed: asyncio.Task[Story]):
-    story = await killed
+@on_both
+async def test_a_run_whose_worker_is_killed_in_the_cleanup_is_cleaned_up_by_another(killed: Any, execution: Execution):
+    story = await killed[execution]
     assert story.calls == ["first", "work", "CancelledError", "cleanup", "CancelledError", "cleanup"]
     assert (story.run.error_type, story.run.error) == ("TaskCancelledError", "why")
     assert story.run.completed_steps == ("first", "cleanup")

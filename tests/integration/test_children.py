@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from support import App, wait_until
+from support import App, on_both, wait_until
 from temporal_async_task import (
     NonRetryableError,
     StepFailedError,
@@ -21,6 +21,7 @@ from temporal_async_task import (
 )
 
 
+@on_both
 async def test_a_child_is_submitted_once_and_its_result_is_the_steps(app: App):
     runs: list[str] = []
 
@@ -75,6 +76,7 @@ async def test_a_child_that_fails_fails_its_step(app: App):
     assert message.endswith("NonRetryableError: no such model")
 
 
+@on_both
 async def test_cancelling_a_parent_cancels_its_child(app: App):
     @async_task
     async def child() -> None:
@@ -99,6 +101,7 @@ async def test_cancelling_a_parent_cancels_its_child(app: App):
         await child.result(child_id, timeout=10)
 
 
+@on_both
 async def test_resuming_a_parent_resumes_the_child_that_failed_it(app: App):
     broken = True
     calls: list[str] = []

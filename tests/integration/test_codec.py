@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from temporalio.api.common.v1 import Payload, WorkflowExecution
 from temporalio.api.workflowservice.v1 import (
+    DescribeActivityExecutionRequest,
     DescribeWorkflowExecutionRequest,
     GetWorkflowExecutionHistoryRequest,
 )
@@ -16,7 +17,7 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import DataConverter, DefaultFailureConverterWithEncodedAttributes, PayloadCodec
 
-from support import App, backs_off, ended, status_when
+from support import App, backs_off, ended, on_both, status_when
 from temporal_async_task import (
     AsyncTaskComponent,
     RetryPolicy,
@@ -30,6 +31,7 @@ from temporal_async_task import (
     step,
 )
 from temporal_async_task.engine import activity
+from temporal_async_task.task import Execution
 
 CANARY = "canary-4b1d"
 POLICY = RetryPolicy(max_retries=2, initial_delay=1.05, max_delay=1.05, jitter=0)
@@ -69,15 +71,27 @@ MASKED = dataclasses.replace(
 )
 
 
-async def on_the_server(client: Client, task_id: str) -> bytes:
+async def on_the_server(client: Client, execution: Execution, task_id: str) -> bytes:
     """All that the server has of a run, as it has it."""
-    execution = WorkflowExecution(workflow_id=task_id)
     service = client.workflow_service
+    if execution == "activity":
+        found = await service.describe_activity_execution(
+            DescribeActivityExecutionRequest(
+                namespace=client.namespace,
+                activity_id=task_id,
+                include_input=True,
+                include_outcome=True,
+                include_heartbeat_details=True,
+                include_last_failure=True,
+            )
+        )
+        return found.SerializeToString()
+    workflow = WorkflowExecution(workflow_id=task_id)
     described = await service.describe_workflow_execution(
-        DescribeWorkflowExecutionRequest(namespace=client.namespace, execution=execution)
+        DescribeWorkflowExecutionRequest(namespace=client.namespace, execution=workflow)
     )
     history = await service.get_workflow_execution_history(
-        GetWorkflowExecutionHistoryRequest(namespace=client.namespace, execution=execution)
+        GetWorkflowExecutionHistoryRequest(namespace=client.namespace, execution=workflow)
     )
     return described.SerializeToString() + history.SerializeToString()
 
@@ -124,10 +138,11 @@ async def travel(app: App, ends: str, converter: DataConverter) -> Journey:
         ended,
     ):
         pictures.append(await status_when(shoot, task_id, condition))
-        seen += await on_the_server(component.client, task_id)
+        seen += await on_the_server(component.client, app.execution, task_id)
     return Journey(task_id, *pictures, seen)
 
 
+@on_both
 @pytest.mark.parametrize("ends", ["completes", "fails"])
 async def test_a_run_and_its_status_work_with_a_codec_and_nothing_of_it_is_in_clear(app: App, ends: str):
     journey = await travel(app, ends, MASKED)
@@ -151,6 +166,7 @@ async def test_without_a_codec_it_is_in_clear(app: App):
     assert CANARY.encode() in journey.seen
 
 
+@on_both
 async def test_duplicates_and_conflicts_are_told_apart_with_a_codec(app: App):
     @async_task
     async def shoot(prompt: str) -> str:
@@ -163,6 +179,7 @@ async def test_duplicates_and_conflicts_are_told_apart_with_a_codec(app: App):
         await shoot.submit("something else", task_id=task_id)
 
 
+@on_both
 @pytest.mark.parametrize("begun", [False, True], ids=["before its first attempt", "in backoff"])
 async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
     app: App, monkeypatch: pytest.MonkeyPatch, begun: bool

@@ -20,6 +20,7 @@ from support import (
     CallLog,
     WorkerProcess,
     backs_off,
+    on_both,
     status_when,
     wait_until,
     work,
@@ -226,6 +227,7 @@ async def test_a_queue_without_tasks_is_not_polled(app: App):
 # Tasks that a worker does not know ------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_task_that_a_worker_does_not_know_is_not_failed_and_goes_on_once_one_does(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, greeting: TemporalAsyncTask[str, str]
 ):
@@ -246,6 +248,7 @@ async def test_a_task_that_a_worker_does_not_know_is_not_failed_and_goes_on_once
     assert await greeting.result(task_id, timeout=10) == "patience"
 
 
+@on_both
 async def test_steps_that_were_finished_are_kept_by_a_worker_that_does_not_know_the_task(
     app: App, monkeypatch: pytest.MonkeyPatch
 ):
@@ -299,6 +302,7 @@ async def test_a_namespace_that_is_not_there_is_an_error_that_says_what_to_do(
 # Handing over at a shutdown -------------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_step_in_flight_may_finish_within_the_grace_period_and_nothing_new_begins(app: App):
     calls = []
 

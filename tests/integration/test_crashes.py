@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from support import NEVER_AGAIN, App, CallLog, WorkerProcess, status_when, wait_until, work
+from support import NEVER_AGAIN, App, CallLog, WorkerProcess, on_both, status_when, wait_until, work
 from temporal_async_task import (
     StepOutcomeUnknownError,
     StepState,
@@ -69,6 +69,7 @@ async def killed_in_a_step(app: App, log: CallLog, task: TemporalAsyncTask[None,
     return task_id
 
 
+@on_both
 async def test_a_run_whose_worker_was_killed_tells_all_with_every_worker_dead(app: App, tmp_path: Path):
     held = held_task()
     task_id = await killed_in_a_step(app, CallLog(tmp_path / "calls"), held, "upload")
@@ -80,6 +81,7 @@ async def test_a_run_whose_worker_was_killed_tells_all_with_every_worker_dead(ap
     assert run.error is None
 
 
+@on_both
 async def test_a_run_whose_worker_was_killed_goes_on_with_another_and_no_retry_is_used_up(app: App, tmp_path: Path):
     held, log = held_task(), CallLog(tmp_path / "calls")
     task_id = await killed_in_a_step(app, log, held, "upload")

@@ -5,7 +5,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,8 +19,10 @@ from support import (
     FOR_AN_HOUR,
     NEVER_AGAIN,
     App,
+    Operator,
     backs_off,
     ended,
+    on_both,
     status_when,
     wait_until,
 )
@@ -43,6 +45,7 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.task import Execution
 
 HEARTBEAT = 3.0
 
@@ -135,19 +138,19 @@ async def by_a_result_that_is_too_large(vendor: Vendor) -> str:
 
 
 Task = TemporalAsyncTask[str, list[str]]
-Ender = Callable[[Task, Client, str], Awaitable[None]]
+Ender = Callable[[Task, Operator, str], Awaitable[None]]
 
 
-async def by_itself(_task: Task, _client: Client, _task_id: str) -> None:
+async def by_itself(_task: Task, _operator: Operator, _task_id: str) -> None:
     pass
 
 
-async def cancelled(task: Task, _: Client, task_id: str) -> None:
+async def cancelled(task: Task, _: Operator, task_id: str) -> None:
     await task.cancel(task_id, "not now")
 
 
-async def terminated(_: Task, client: Client, task_id: str) -> None:
-    await client.get_workflow_handle(task_id).terminate("not now")
+async def terminated(_task: Task, operator: Operator, _task_id: str) -> None:
+    await operator.terminate()
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,14 @@ class Ending:
     calls: int
     """How often ``work`` is called in all: before the end, and after the resume."""
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    execution: Execution = "workflow"
 
     def __str__(self) -> str:
-        return f"{self.error_type} {self.place.__name__} {self.by.__name__}".replace("_", " ")
+        return f"{self.execution} {self.error_type} {self.place.__name__} {self.by.__name__}".replace("_", " ")
 
 
 SOON = {"timeout": 1.5}
-ENDINGS = (
+_ENDINGS = (
     Ending(in_a_step, by_itself, "StepFailedError", 2),
     Ending(in_a_poll, by_itself, "PollTimeoutError", 3),
     Ending(in_the_body, by_itself, "NonRetryableError", 1),
@@ -181,6 +185,10 @@ ENDINGS = (
     Ending(in_a_running_step, terminated, "TerminatedError", 2),
     Ending(in_a_backoff, terminated, "TerminatedError", 2),
     Ending(in_a_wait_for, terminated, "TerminatedError", 0),
+)
+ENDINGS = (
+    *_ENDINGS,
+    *(replace(ending, execution="activity") for ending in _ENDINGS if ending.place is not in_a_wait_for),
 )
 after_any_end = pytest.mark.parametrize("ending", ENDINGS, ids=str)
 
@@ -202,7 +210,8 @@ def task_of(ending: Ending, vendor: Vendor) -> Task:
         both = [first, await ending.place(vendor)]
         return [*both, await step("last", vendor.call, f"last {prompt}")]
 
-    return Task(str(ending), body, **{"retry_policy": AT_ONCE, "heartbeat_timeout": HEARTBEAT, **ending.options})
+    options = {"retry_policy": AT_ONCE, "heartbeat_timeout": HEARTBEAT, "execution": ending.execution, **ending.options}
+    return Task(str(ending), body, **options)
 
 
 def waits(run: TaskResult[Any]) -> bool:
@@ -223,7 +232,7 @@ async def brought_to(ending: Ending, task: Task, vendor: Vendor) -> str:
 
 async def ended_and_resumed(ending: Ending, task: Task, vendor: Vendor, client: Client) -> Story:
     task_id = await brought_to(ending, task, vendor)
-    await ending.by(task, client, task_id)
+    await ending.by(task, Operator(client, ending.execution, task_id), task_id)
     failed = await status_when(task, task_id, ended, timeout=20)
     calls_before = list(vendor.calls)
     vendor.is_broken = False
@@ -307,6 +316,7 @@ async def failed_run(task: Task, task_id: str | None = None) -> str:
     return task_id
 
 
+@on_both
 async def test_a_run_that_goes_on_cannot_be_resumed(app: App):
     vendor = Vendor()
 
@@ -324,6 +334,7 @@ async def test_a_run_that_goes_on_cannot_be_resumed(app: App):
     assert vendor.calls == ["work"]
 
 
+@on_both
 async def test_a_run_that_has_completed_cannot_be_resumed(app: App):
     vendor = Vendor()
     vendor.is_broken = False
@@ -354,6 +365,7 @@ async def test_a_run_of_another_task_cannot_be_resumed(app: App):
     assert (await mine.get_status(task_id)).status is TaskStatus.FAILED
 
 
+@on_both
 async def test_of_two_resumes_at_once_one_wins_and_the_other_is_told(app: App):
     vendor = Vendor()
     task = failing(vendor)
@@ -382,6 +394,7 @@ class Turnstile(PayloadCodec):
         return list(payloads)
 
 
+@on_both
 async def test_a_resume_that_comes_late_does_not_take_a_run_back_to_where_it_was(app: App):
     vendor, turnstile = Vendor(), Turnstile()
 
@@ -410,6 +423,7 @@ async def test_a_resume_that_comes_late_does_not_take_a_run_back_to_where_it_was
     assert vendor.calls == ["work", "work", "second"]
 
 
+@on_both
 async def test_submitting_a_resumed_run_again_finds_that_run(app: App):
     vendor = Vendor()
     task = failing(vendor)
@@ -423,6 +437,7 @@ async def test_submitting_a_resumed_run_again_finds_that_run(app: App):
     assert vendor.calls == ["first a cup", "work", "work", "last a cup"]
 
 
+@on_both
 async def test_submitting_a_resumed_run_with_other_params_is_a_conflict(app: App):
     vendor = Vendor()
     task = failing(vendor)
@@ -463,6 +478,7 @@ async def test_the_attempts_of_the_failed_step_are_counted_anew(app: App):
     assert flaky_step.attempts == 4
 
 
+@on_both
 async def test_a_run_may_fail_and_be_resumed_more_than_once(app: App):
     calls, mended = [], set()
 
@@ -491,6 +507,7 @@ async def test_a_run_may_fail_and_be_resumed_more_than_once(app: App):
     assert (await shoot.get_status(task_id)).created_at == first.created_at
 
 
+@on_both
 async def test_steps_that_are_to_be_done_again_are_and_others_are_not(app: App):
     calls = []
 
@@ -512,6 +529,7 @@ async def test_steps_that_are_to_be_done_again_are_and_others_are_not(app: App):
     assert calls == ["one", "two", "three", "one", "three"]
 
 
+@on_both
 async def test_a_step_that_is_unknown_cannot_be_done_again(app: App):
     vendor = Vendor()
     task = failing(vendor)
@@ -523,6 +541,7 @@ async def test_a_step_that_is_unknown_cannot_be_done_again(app: App):
     assert vendor.calls == ["first a cup", "work"]
 
 
+@on_both
 async def test_a_resumed_run_tells_what_is_finished_before_any_worker_came(app: App):
     vendor = Vendor()
     task = failing(vendor)
@@ -537,6 +556,7 @@ async def test_a_resumed_run_tells_what_is_finished_before_any_worker_came(app: 
     assert await task.result(task_id) == ["first a cup", "work", "last a cup"]
 
 
+@on_both
 async def test_a_run_that_was_cancelled_before_it_began_begins_when_it_is_resumed(app: App):
     vendor = Vendor()
     vendor.is_broken = False
@@ -550,6 +570,7 @@ async def test_a_run_that_was_cancelled_before_it_began_begins_when_it_is_resume
     assert await task.result(task_id, timeout=10) == ["first a cup", "work", "last a cup"]
 
 
+@on_both
 async def test_a_sleep_in_which_the_run_was_cancelled_is_not_begun_anew(app: App):
     @async_task(heartbeat_timeout=HEARTBEAT)
     async def nap() -> None:
@@ -603,6 +624,7 @@ def cleaning(vendor: Vendor, place: Callable[[Vendor], Awaitable[str]], clean_up
     return Task(name, body, heartbeat_timeout=HEARTBEAT)
 
 
+@on_both
 async def test_a_resumed_run_that_is_cancelled_before_a_worker_came_is_cleaned_up(app: App):
     vendor = Vendor()
     task = cleaning(vendor, in_a_step, vendor.call)
@@ -617,13 +639,14 @@ async def test_a_resumed_run_that_is_cancelled_before_a_worker_came_is_cleaned_u
     assert vendor.calls == ["first a cup", "work", "cleanup"]
 
 
+@on_both
 @pytest.mark.parametrize("place", [in_a_running_step, in_a_backoff], ids=lambda place: place.__name__)
 async def test_a_run_that_is_terminated_in_its_cleanup_has_lost_no_finished_step(app: App, place: Any):
     async def terminated_in_its_cleanup(task: Task, vendor: Vendor) -> TaskResult[list[str]]:
         task_id = await brought_to(Ending(place, cancelled, "", 0), task, vendor)
         await task.cancel(task_id)
         await wait_until(lambda: "cleanup" in vendor.calls)
-        await terminated(task, client, task_id)
+        await app.operator(worker, task_id).terminate()
         run = await status_when(task, task_id, ended)
         vendor.is_broken = False
         await task.resume(task_id)
@@ -633,7 +656,7 @@ async def test_a_run_that_is_terminated_in_its_cleanup_has_lost_no_finished_step
     # Several of them, for the server lists in any order what is pending.
     vendors = [Vendor() for _ in range(6)]
     tasks = [cleaning(vendor, place, vendor.call_and_hold, f"shoot-{n}") for n, vendor in enumerate(vendors)]
-    client = (await app.start(*tasks)).client
+    worker = await app.start(*tasks)
     runs = await asyncio.gather(*map(terminated_in_its_cleanup, tasks, vendors))
     assert [run.completed_steps for run in runs] == [("first",)] * 6
     assert [vendor.calls for vendor in vendors] == [["first a cup", "work", "cleanup", "work"]] * 6

@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from temporalio.client import WorkflowHandle
 
 from support import (
     AT_ONCE,
@@ -15,8 +14,10 @@ from support import (
     NEVER_AGAIN,
     App,
     Meter,
+    Operator,
     backs_off,
     ended,
+    on_both,
     status_when,
     utc_now,
     wait_until,
@@ -77,6 +78,7 @@ def in_order(*times: datetime | None) -> bool:
 # The states of a run --------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_run_is_pending_before_any_worker_ever_came(app: App):
     @async_task
     async def echo(text: str) -> str:
@@ -92,6 +94,7 @@ async def test_a_run_is_pending_before_any_worker_ever_came(app: App):
     assert run.created_at.tzinfo is UTC
 
 
+@on_both
 async def test_a_run_that_waits_for_a_slot_is_pending_and_has_no_next_retry(app: App):
     begun, go_on = asyncio.Event(), threading.Event()
 
@@ -107,18 +110,18 @@ async def test_a_run_that_waits_for_a_slot_is_pending_and_has_no_next_retry(app:
     first = await busy.submit()
     await wait_until(begun.is_set)
     task_id = await busy.submit()
-    handle = component.client.get_workflow_handle(task_id)
-    await wait_until(lambda: has_pending_activity(handle))
+    await wait_until(lambda: has_activity(app.operator(component, task_id)))
     run = await busy.get_status(task_id)
     assert run == TaskResult(task_id=task_id, status=TaskStatus.PENDING, created_at=run.created_at)
     go_on.set()
     await asyncio.gather(busy.result(first), busy.result(task_id))
 
 
-async def has_pending_activity(handle: WorkflowHandle[Any, Any]) -> bool:
-    return bool((await handle.describe()).raw_description.pending_activities)
+async def has_activity(operator: Operator) -> bool:
+    return await operator.attempt() > 0
 
 
+@on_both
 async def test_a_run_in_a_step_names_it_within_two_seconds(app: App):
     @async_task
     async def shoot(prompt: str) -> None:
@@ -156,6 +159,7 @@ async def test_of_several_steps_at_once_the_one_that_began_first_is_the_current_
     assert {one.state for one in run.steps} == {StepState.RUNNING}
 
 
+@on_both
 async def test_a_run_in_backoff_tells_its_last_error_and_next_retry_with_no_worker_up(app: App):
     before = utc_now()
     task_id = await left_in_backoff(app)
@@ -175,6 +179,7 @@ async def test_a_run_in_backoff_tells_its_last_error_and_next_retry_with_no_work
     assert abs(uploaded.next_attempt_at - run.next_retry_at) < timedelta(seconds=1)
 
 
+@on_both
 async def test_a_task_without_steps_in_backoff_tells_its_last_error_and_next_retry(app: App):
     @async_task(retry_policy=FOR_AN_HOUR)
     async def upload(image: str) -> str:
@@ -190,6 +195,7 @@ async def test_a_task_without_steps_in_backoff_tells_its_last_error_and_next_ret
     assert run.last_error == "VendorError: 503 from the vendor"
 
 
+@on_both
 async def test_a_completed_run_tells_all_with_no_worker_up(app: App):
     @async_task
     async def shoot(prompt: str) -> str:
@@ -225,6 +231,7 @@ async def test_a_completed_run_tells_all_with_no_worker_up(app: App):
     assert run.started_at <= generated.started_at + TICK
 
 
+@on_both
 async def test_a_run_that_failed_in_a_step_tells_all_with_no_worker_up(app: App):
     @async_task(retry_policy=NEVER_AGAIN)
     async def shoot(prompt: str) -> str:
@@ -249,6 +256,7 @@ async def test_a_run_that_failed_in_a_step_tells_all_with_no_worker_up(app: App)
     assert run.completed_at is not None
 
 
+@on_both
 async def test_a_run_that_failed_outside_of_steps_tells_the_error_and_the_steps_before_it(app: App):
     @async_task(retry_policy=NEVER_AGAIN)
     async def shoot(prompt: str) -> None:
@@ -264,10 +272,11 @@ async def test_a_run_that_failed_outside_of_steps_tells_the_error_and_the_steps_
     assert run.completed_steps == ("generate",)
 
 
+@on_both
 async def test_a_run_that_was_terminated_has_failed_and_keeps_its_steps(app: App):
     task_id = await left_in_backoff(app)
     component = await app.connect(stuck)
-    await component.client.get_workflow_handle(task_id).terminate("by an operator")
+    await app.operator(component, task_id).terminate()
     run = await stuck.get_status(task_id)
     assert (run.status, run.error_type) == (TaskStatus.FAILED, "TerminatedError")
     assert run.completed_steps == ("generate",)
@@ -276,6 +285,7 @@ async def test_a_run_that_was_terminated_has_failed_and_keeps_its_steps(app: App
         await stuck.result(task_id)
 
 
+@on_both
 async def test_attempts_and_the_first_start_are_told_over_all_attempts(app: App):
     calls = []
 
@@ -303,6 +313,9 @@ async def test_attempts_and_the_first_start_are_told_over_all_attempts(app: App)
 # How it is asked for --------------------------------------------------------------------------------------
 
 
+DESCRIBE = {"workflow": "DescribeWorkflowExecution", "activity": "DescribeActivityExecution"}
+
+
 async def attach(meter: Meter, app: App, task: TemporalAsyncTask[Any, Any]) -> None:
     """Have the task ask by a client whose calls are counted, from now on."""
     with meter.attached():
@@ -310,6 +323,7 @@ async def attach(meter: Meter, app: App, task: TemporalAsyncTask[Any, Any]) -> N
     meter.calls()
 
 
+@on_both
 @pytest.mark.parametrize("state", ["pending", "running", "in backoff"])
 async def test_the_status_of_a_run_that_goes_on_is_one_call_to_the_server(app: App, meter: Meter, state: str):
     @async_task
@@ -328,7 +342,7 @@ async def test_the_status_of_a_run_that_goes_on_is_one_call_to_the_server(app: A
         task_id = await held.submit()
     await attach(meter, app, task)
     run = await task.get_status(task_id)
-    assert meter.calls() == ["DescribeWorkflowExecution"]
+    assert meter.calls() == [DESCRIBE[app.execution]]
     assert run.status is (TaskStatus.PENDING if state == "pending" else TaskStatus.PROCESSING)
     assert run.completed_steps == (("generate",) if state == "in backoff" else ())
 

@@ -10,16 +10,7 @@ from typing import Any
 
 import pytest
 
-from support import (
-    AT_ONCE,
-    BY_TIMER,
-    FOR_AN_HOUR,
-    NEVER_AGAIN,
-    App,
-    backs_off,
-    ended,
-    status_when,
-)
+from support import AT_ONCE, BY_TIMER, FOR_AN_HOUR, NEVER_AGAIN, App, backs_off, ended, on_both, status_when
 from temporal_async_task import (
     DuplicateStepError,
     StepUsageError,
@@ -78,6 +69,7 @@ async def test_a_finished_step_is_not_called_again_in_later_attempts(app: App):
     assert (await shoot.get_status(task_id)).attempt == 3
 
 
+@on_both
 async def test_a_run_goes_on_with_the_code_of_a_new_deploy(app: App):
     calls = Calls()
 
@@ -121,6 +113,7 @@ async def test_many_steps_in_parallel_are_each_made_once(app: App):
     assert sorted(call for call in calls if call != "flaky") == list(range(50))
 
 
+@on_both
 async def test_a_durable_sleep_is_not_begun_anew_by_a_later_attempt(app: App):
     calls = Calls()
 
@@ -364,6 +357,7 @@ async def test_a_sync_step_that_hangs_does_not_hold_up_other_tasks(app: App):
 # Idempotency keys -----------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_an_idempotency_key_is_stable_over_retries_attempts_and_workers(app: App):
     keys: list[str] = []
 
@@ -405,6 +399,7 @@ async def test_idempotency_keys_differ_between_steps_and_runs(app: App):
 # Waiting --------------------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_task_that_sleeps_or_backs_off_holds_no_slot(app: App):
     calls = Calls()
 

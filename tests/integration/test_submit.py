@@ -3,13 +3,15 @@
 import asyncio
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from support import App, ended, status_when, wait_until
+from support import App, ended, on_both, status_when, wait_until
 from temporal_async_task import (
+    AsyncTaskComponent,
     RetryPolicy,
     TaskConflictError,
     TaskFailedError,
@@ -51,6 +53,7 @@ async def shoot(order: Order) -> str:
 # submit ---------------------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_submit_returns_while_there_is_no_worker_and_the_run_is_kept_for_one(app: App):
     @async_task
     async def echo(text: str) -> str:
@@ -88,6 +91,7 @@ async def test_the_run_gets_the_id_that_was_asked_for(app: App):
     assert await echo.result(wanted) == "hello"
 
 
+@on_both
 async def test_the_same_id_and_params_are_one_run_while_it_is_running(app: App):
     gate = Gate()
 
@@ -104,6 +108,7 @@ async def test_the_same_id_and_params_are_one_run_while_it_is_running(app: App):
     assert len(gate.calls) == 1
 
 
+@on_both
 async def test_the_same_id_and_params_are_one_run_after_its_end(app: App):
     calls = []
 
@@ -119,6 +124,7 @@ async def test_the_same_id_and_params_are_one_run_after_its_end(app: App):
     assert len(calls) == 1
 
 
+@on_both
 async def test_the_same_id_and_params_are_one_run_after_its_failure(app: App):
     calls = []
 
@@ -135,6 +141,7 @@ async def test_the_same_id_and_params_are_one_run_after_its_failure(app: App):
     assert len(calls) == 1
 
 
+@on_both
 async def test_many_submits_of_one_id_at_once_are_one_run(app: App):
     calls = []
 
@@ -160,6 +167,7 @@ async def test_params_are_the_same_whatever_the_order_of_their_keys(app: App):
     assert await echo.submit({"b": 2, "a": 1}, task_id=task_id) == task_id
 
 
+@on_both
 async def test_other_params_for_an_id_in_use_are_a_conflict_while_it_runs_and_after(app: App):
     gate = Gate()
 
@@ -178,6 +186,7 @@ async def test_other_params_for_an_id_in_use_are_a_conflict_while_it_runs_and_af
     assert gate.calls == [Order(prompt="cup")]
 
 
+@on_both
 async def test_an_id_of_another_task_is_a_conflict(app: App):
     @async_task
     async def other(order: Order) -> None: ...
@@ -188,14 +197,27 @@ async def test_an_id_of_another_task_is_a_conflict(app: App):
         await other.submit(Order(prompt="cup"), task_id=task_id)
 
 
-async def test_an_id_of_some_other_workflow_is_a_conflict(app: App):
-    component = await app.connect(shoot)
+async def something_else(app: App, component: AsyncTaskComponent) -> str:
+    """The id of a workflow or activity that is not a task's."""
     task_id = unique()
-    await component.client.start_workflow("SomethingElse", id=task_id, task_queue=app.queue)
+    if app.execution == "workflow":
+        await component.client.start_workflow("SomethingElse", id=task_id, task_queue=app.queue)
+    else:
+        limit = timedelta(seconds=60)
+        await component.client.start_activity(
+            "shoot", id=task_id, task_queue=app.queue, start_to_close_timeout=limit, schedule_to_close_timeout=limit
+        )
+    return task_id
+
+
+@on_both
+async def test_an_id_of_some_other_workflow_is_a_conflict(app: App):
+    task_id = await something_else(app, await app.connect(shoot))
     with pytest.raises(TaskConflictError, match=r"run of another task or workflow\. Choose another id"):
         await shoot.submit(Order(prompt="cup"), task_id=task_id)
 
 
+@on_both
 async def test_a_delayed_run_begins_when_its_delay_is_over(app: App):
     begun = []
 
@@ -215,6 +237,7 @@ async def test_a_delayed_run_begins_when_its_delay_is_over(app: App):
 # Asking ---------------------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_an_unknown_id_is_not_found(app: App):
     await app.connect(shoot)
     with pytest.raises(TaskNotFoundError, match="no task run 'never-submitted'"):
@@ -223,6 +246,7 @@ async def test_an_unknown_id_is_not_found(app: App):
         await shoot.result("never-submitted")
 
 
+@on_both
 async def test_a_run_of_another_task_is_not_found(app: App):
     @async_task
     async def other(order: Order) -> str:
@@ -237,16 +261,16 @@ async def test_a_run_of_another_task_is_not_found(app: App):
         await shoot.result(task_id)
 
 
+@on_both
 async def test_a_run_of_some_other_workflow_is_not_found(app: App):
-    component = await app.connect(shoot)
-    task_id = unique()
-    await component.client.start_workflow("SomethingElse", id=task_id, task_queue=app.queue)
+    task_id = await something_else(app, await app.connect(shoot))
     with pytest.raises(TaskNotFoundError):
         await shoot.get_status(task_id)
     with pytest.raises(TaskNotFoundError):
         await shoot.result(task_id)
 
 
+@on_both
 async def test_a_wait_for_the_result_that_takes_too_long_is_over_and_the_run_goes_on(app: App):
     gate = Gate()
 
@@ -263,6 +287,7 @@ async def test_a_wait_for_the_result_that_takes_too_long_is_over_and_the_run_goe
     assert gate.calls == ["patience"]
 
 
+@on_both
 async def test_the_result_of_a_failed_run_is_raised_with_the_error_that_ended_it(app: App):
     @async_task(retry_policy=RetryPolicy(max_retries=0))
     async def fail() -> None:
@@ -280,6 +305,7 @@ async def test_the_result_of_a_failed_run_is_raised_with_the_error_that_ended_it
     assert str(raised.value) == f"Task run '{task_id}' failed: ValueError: the vendor said no"
 
 
+@on_both
 async def test_the_result_is_there_for_whoever_asks_however_often(app: App):
     @async_task
     async def echo(text: str) -> str:
@@ -292,6 +318,7 @@ async def test_the_result_is_there_for_whoever_asks_however_often(app: App):
     assert await echo.result(task_id) == "again"
 
 
+@on_both
 async def test_the_list_has_the_runs_of_its_task_alone_newest_first(app: App):
     name = unique("listed")
 
@@ -315,6 +342,7 @@ async def test_the_list_has_the_runs_of_its_task_alone_newest_first(app: App):
     assert [run.task_id for run in await listing(limit=2)] == ids[:0:-1]
 
 
+@on_both
 async def test_the_list_can_be_asked_for_the_runs_with_one_status(app: App):
     gate = Gate()
 

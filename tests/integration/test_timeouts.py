@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support import FOR_AN_HOUR, App, ended, status_when
+from support import FOR_AN_HOUR, App, ended, on_both, status_when
 from temporal_async_task import (
     TaskFailedError,
     TaskResult,
@@ -38,6 +38,7 @@ async def outcome(app: App, task: TemporalAsyncTask[None, Any]) -> TaskResult[An
     return await status_when(task, task_id, ended, timeout=8)
 
 
+@on_both
 async def test_a_run_that_takes_too_long_fails_names_its_step_and_keeps_what_was_done(app: App):
     @async_task(timeout=timedelta(seconds=1))
     async def shoot() -> None:
@@ -54,6 +55,7 @@ async def test_a_run_that_takes_too_long_fails_names_its_step_and_keeps_what_was
         await shoot.result(run.task_id)
 
 
+@on_both
 async def test_a_run_whose_next_retry_would_come_too_late_fails_at_once(app: App):
     @async_task(timeout=600, retry_policy=FOR_AN_HOUR)
     async def shoot() -> None:
@@ -85,6 +87,7 @@ async def test_a_body_that_hangs_outside_of_steps_fails_with_the_timeout(app: Ap
     assert run.error == "The task did not finish within its timeout of 0.5 s"
 
 
+@on_both
 async def test_a_delayed_run_has_all_of_its_time(app: App):
     @async_task(timeout=1)
     async def shoot() -> str:

@@ -22,6 +22,7 @@ from support import (
     CallLog,
     WorkerProcess,
     backs_off,
+    on_both,
     status_when,
     wait_until,
     work,
@@ -206,6 +207,7 @@ async def test_polls_add_nothing_to_the_history(app: App):
     assert [await render.result(task_id) for task_id in ids] == ["ready", "ready"]
 
 
+@on_both
 async def test_a_poll_waits_between_two_asks_and_is_patient_with_errors(app: App):
     times: list[float] = []
 
@@ -559,6 +561,7 @@ async def test_a_run_of_another_task_takes_no_event(app: App):
 # A delay ----------------------------------------------------------------------------------------------------
 
 
+@on_both
 async def test_a_run_with_a_delay_is_pending_until_then(app: App):
     calls = []
 

@@ -286,6 +286,7 @@ def test_arguments_come_before_environment_before_deploy_file_before_profile_bef
         "temporal_address": "argument",
         "event_loop_per_run": "default",
         "task_queue": "environment variable TEMPORAL_TASK_QUEUE",
+        "execution": "default",
         "namespace": f"file {file} (components.asyncTask.middlewareDependencies.temporal.config.namespace)",
         "api_key": f"profile 'default' in {env['TEMPORAL_CONFIG_FILE']}",
         "max_concurrent_tasks": "default",
@@ -492,14 +493,22 @@ def test_the_original_design_s_deploy_file_is_read(deploy):
 
 def test_a_deploy_file_may_set_what_a_worker_takes_on(deploy):
     block = {
+        "execution": "activity",
         "maxConcurrentTasks": 20,
         "targetCpu": 0.5,
         "targetMemory": 0.7,
         "gracefulShutdownTimeout": 90,
     }
     assert load(file=deploy(async_task(**block))) == AsyncTaskComponentConfig(
-        max_concurrent_tasks=20, target_cpu=0.5, target_memory=0.7, graceful_shutdown_timeout=90
+        execution="activity", max_concurrent_tasks=20, target_cpu=0.5, target_memory=0.7, graceful_shutdown_timeout=90
     )
+
+
+def test_the_environment_may_say_what_carries_the_runs(deploy):
+    file = deploy(async_task(execution="workflow"))
+    assert load({"ASYNC_TASK_EXECUTION": "activity"}, file=file).execution == "activity"
+    assert load({"ASYNC_TASK_EXECUTION": ""}, file=file).execution == "workflow"
+    refused("execution", "'fast'", "ASYNC_TASK_EXECUTION", env={"ASYNC_TASK_EXECUTION": "fast"})
 
 
 def test_the_environment_may_name_the_deploy_file(deploy):

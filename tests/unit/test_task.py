@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import temporal_async_task
 from temporal_async_task import (
+    AsyncTaskComponent,
+    AsyncTaskComponentConfig,
     ConfigError,
     DuplicateTaskError,
     InvalidKeyError,
@@ -41,6 +44,26 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.registry import Registry
+
+
+async def waits_for_an_event() -> None:
+    await wait_for("approval")
+
+
+async def waits_by_the_module() -> None:
+    await temporal_async_task.wait_for("approval")
+
+
+async def waits_in_an_inner_function() -> None:
+    async def approved() -> None:
+        await wait_for("approval")
+
+    await approved()
+
+
+async def waits_for_something_else() -> None:
+    await asyncio.wait_for(asyncio.sleep(0), 1)
+
 
 QUICK = RetryPolicy(max_retries=3, initial_delay=0.01, max_delay=0.01, jitter=0)
 
@@ -103,8 +126,18 @@ class TestDefinition:
         assert task.timeout is None
         assert task.heartbeat_timeout == 15
         assert task.execution == "workflow"
+        assert AsyncTaskComponentConfig().execution == "workflow"
         policy = task.retry_policy
         assert (policy.max_retries, policy.initial_delay, policy.max_delay, policy.backoff_multiplier) == (3, 1, 30, 2)
+
+    def test_what_carries_it_is_the_components_to_say_unless_it_says_so_itself(self):
+        undecided, decided = (
+            TemporalAsyncTask("a", product_shot),
+            TemporalAsyncTask("b", product_shot, execution="workflow"),
+        )
+        component = AsyncTaskComponent(AsyncTaskComponentConfig(execution="activity"))
+        component.register_all([undecided, decided])
+        assert (undecided.execution, decided.execution) == ("activity", "workflow")
 
     def test_settings_are_kept_in_seconds(self):
         task = async_task(
@@ -202,10 +235,22 @@ class TestRefusedDefinitions:
         with pytest.raises(ConfigError, match="needs a function, not str"):
             async_task("shot")  # type: ignore[call-overload]
 
-    @pytest.mark.parametrize("execution", ["", "Workflow", "batch", None])
+    @pytest.mark.parametrize("execution", ["", "Workflow", "batch", 1])
     def test_an_execution_that_there_is_not(self, execution: Any):
         with pytest.raises(ConfigError, match="execution="):
             TemporalAsyncTask("shot", product_shot, execution=execution)
+
+    @pytest.mark.parametrize("waits", [waits_for_an_event, waits_by_the_module, waits_in_an_inner_function])
+    def test_a_wait_for_in_a_task_that_no_event_can_reach(self, waits: Callable[..., Any]):
+        with pytest.raises(ConfigError, match=r"'shot' calls wait_for.*execution='workflow'"):
+            TemporalAsyncTask("shot", waits, execution="activity")
+        task = TemporalAsyncTask("shot", waits)
+        component = AsyncTaskComponent(AsyncTaskComponentConfig(execution="activity"))
+        with pytest.raises(ConfigError, match=r"'shot' calls wait_for.*execution='workflow'"):
+            component.register(task)
+
+    def test_another_wait_for_is_none_of_its_business(self):
+        assert TemporalAsyncTask("shot", waits_for_something_else, execution="activity").execution == "activity"
 
     def test_a_function_of_two_parameters(self):
         def two(order: Order, size: int) -> Shot: ...
