@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
+from temporalio.api.workflowservice.v1 import DescribeActivityExecutionRequest, DescribeWorkflowExecutionRequest
 from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.cli.exits import CommandError, ExitStatus
@@ -70,7 +70,12 @@ async def find_task(app: Application, task_id: str, *, for_resume: bool = False)
     Raises:
         TaskNotFoundError: There is no such run, or it is a workflow of another kind.
     """
-    found = await _described(app, task_id)
+    try:
+        found = await _described(app, task_id)
+    except TaskNotFoundError:
+        if (task := await _of_activity(app, task_id)) is None:
+            raise
+        return task
     info = found.workflow_execution_info
     name = task_name(info.type.name)
     if name is None:
@@ -80,6 +85,30 @@ async def find_task(app: Application, task_id: str, *, for_resume: bool = False)
     start = (await find_remains(raw_client(app.component.client), found)).start
     return known_task(
         app, name, task_queue=info.task_queue, heartbeat_timeout=start.heartbeat_timeout, timeout=start.timeout
+    )
+
+
+async def _of_activity(app: Application, task_id: str) -> AnyTask | None:
+    """The task of a run that a standalone activity carries."""
+    client = app.component.client
+    request = DescribeActivityExecutionRequest(namespace=client.namespace, activity_id=task_id, include_input=True)
+    try:
+        found = await client.workflow_service.describe_activity_execution(request, retry=True)
+    except RPCError as error:
+        if error.status in {RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.UNIMPLEMENTED}:
+            return None
+        raise translated(error, client) from error
+    name = task_name(found.info.activity_type.name)
+    if name is None:
+        return None
+    start = wire.TaskInput.from_payload(found.input.payloads[0])
+    return known_task(
+        app,
+        name,
+        task_queue=found.info.task_queue,
+        heartbeat_timeout=start.heartbeat_timeout,
+        timeout=start.timeout,
+        execution="activity",
     )
 
 
