@@ -89,6 +89,16 @@ async def test_the_status_of_a_run_needs_neither_application_nor_worker(shop: Sh
     assert run["progress_message"] == "half [bold]done[/bold]"
 
 
+async def test_a_run_that_an_activity_carries_is_found_without_the_application_too(shop: Shell):
+    task_id = new_id()
+    submit = ("submit", "picture", '{"prompt": "cup"}', "--id", task_id, "--wait", *APP)
+    submitted = await shop.runs(*submit, ASYNC_TASK_EXECUTION="activity")
+    assert (submitted.status, submitted.out) == (0, "cup-1.png\n")
+    told = await shop.runs("status", task_id)
+    assert (told.status, told.err) == (0, "")
+    assert ["Status", "completed"] in [line.split() for line in told.out.splitlines()]
+
+
 async def test_a_run_is_watched_until_its_end(shop: Shell):
     task_id = new_id()
     await shop.runs("submit", "picture", '{"prompt": "slow"}', "--id", task_id, *APP)
