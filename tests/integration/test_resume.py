@@ -169,7 +169,7 @@ class Ending:
         return f"{self.execution} {self.error_type} {self.place.__name__} {self.by.__name__}".replace("_", " ")
 
 
-SOON = {"timeout": 1.5}
+SOON = {"timeout": 3.0}
 _ENDINGS = (
     Ending(in_a_step, by_itself, "StepFailedError", 2),
     Ending(in_a_poll, by_itself, "PollTimeoutError", 3),
