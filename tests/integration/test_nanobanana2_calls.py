@@ -25,6 +25,7 @@ from temporal_async_task.retry import decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
     from nanobanana2_image.settings import Settings
 
 CUP = stub_pictures.sample("cup")
