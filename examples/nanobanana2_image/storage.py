@@ -51,12 +51,18 @@ class Storage:
         Raises:
             NotStoredError: There is nothing.
         """
-        try:
-            return self._path(name).read_bytes()
-        except FileNotFoundError:
-            raise NotStoredError(
-                f"There is no file {name}: it was deleted, or MEDIA_DIR is not shared by all processes."
-            ) from None
+        return self.path(name).read_bytes()
+
+    def path(self, name: str) -> Path:
+        """Where it is kept.
+
+        Raises:
+            NotStoredError: There is nothing.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            raise NotStoredError(f"There is no {name}: it was deleted, or MEDIA_DIR is not shared by all processes.")
+        return path
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):

@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import dataclass
 
 from temporal_async_task import TemporalAsyncTask, current_run, current_step, poll, step
+from temporal_async_task.integrations.reported import report_external_id
 
 from .clients import ArkClient
 from .downloads import DownloadRefusedError, Downloads
@@ -189,6 +190,7 @@ def create_tasks(
     async def seedance_video(order: VideoOrder) -> Video:
         first = None if order.image_url is None else await step("fetch image", calls.fetch, order.image_url)
         job_id = await paid("create job", calls.create_video, order.prompt, first)
+        report_external_id(job_id)  # the record knows it from now on
         await poll(
             "render",
             calls.video_is_ready,
