@@ -122,7 +122,7 @@ def create_api(
         for url in (value for name, value in params.items() if name.endswith("_url") and value):
             try:
                 check_source(url, settings)
-            except DownloadRefusedError as error:
+            except (DownloadRefusedError, NotStoredError) as error:
                 raise HTTPException(422, str(error)) from None
         async with sessions.begin() as session:
             call = APICall(kind=order.kind, request_params=params)

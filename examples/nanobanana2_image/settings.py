@@ -1,5 +1,6 @@
 """What the application is told from outside: environment variables, read once, in one place."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,22 +46,24 @@ class Settings:
     """Seconds between two questions for a video."""
     video_timeout: float = 1800.0
     """Seconds after which a video that is not ready is given up."""
+    worker_lost_after: float = 15.0
+    """Seconds of silence after which a worker is taken for dead, and its tasks go to others."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
         """The settings. An empty variable counts as unset.
 
         Raises:
-            ValueError: A variable that should be a number is none.
+            ValueError: A variable that should be a number of seconds is none.
         """
         found = {name: env[name.upper()].strip() for name in cls.__dataclass_fields__ if env.get(name.upper())}
         values: dict[str, object] = dict(found)
         for name in ("picture_hosts", "web_hosts"):
             if name in found:
                 values[name] = tuple(host.strip().lower() for host in found[name].split(",") if host.strip())
-        for name in ("video_poll_every", "video_timeout"):
+        for name in ("video_poll_every", "video_timeout", "worker_lost_after"):
             if name in found:
-                values[name] = float(found[name])
+                values[name] = _seconds(name.upper(), found[name])
         if "private_addresses" in found:
             values["private_addresses"] = found["private_addresses"] == "1"
         if "media_dir" in found:
@@ -68,13 +71,25 @@ class Settings:
         return cls(**values)  # type: ignore[arg-type]
 
 
+def _seconds(variable: str, text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{variable} must be a number of seconds over 0, not {text!r}.")
+    return seconds
+
+
 def check_prompt(prompt: str) -> str:
     """The prompt, without the white space around it.
 
     Raises:
-        PromptError: It is empty or too long.
+        PromptError: It is empty, too long, or no text.
     """
     prompt = prompt.strip()
+    if "\0" in prompt or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise PromptError("The prompt holds what is no character: databases and vendors would refuse it.")
     if not prompt:
         raise PromptError("The prompt is empty: say what the picture shall show.")
     if len(prompt) > MAX_PROMPT:

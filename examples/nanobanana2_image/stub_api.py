@@ -113,6 +113,10 @@ class Stub:
         self._jobs[job_id] = time.monotonic() + self.video_seconds
         return job_id
 
+    def finish_videos(self) -> None:
+        """All videos are ready now."""
+        self._jobs = dict.fromkeys(self._jobs, time.monotonic())
+
     def ready_in(self, job_id: str) -> float | None:
         """Seconds until a video is ready; None: there is no such job."""
         ready_at = self._jobs.get(job_id)

@@ -167,8 +167,11 @@ def check_source(url: str, settings: Settings) -> None:
 
     Raises:
         DownloadRefusedError: It may not.
+        NotStoredError: It is one of ours, and there is nothing.
     """
-    if not url.startswith(MEDIA):
+    if url.startswith(MEDIA):
+        Storage(settings.media_dir).path(url.removeprefix(MEDIA))
+    else:
         Downloads(settings.picture_hosts).check(url)
 
 
@@ -201,8 +204,8 @@ def create_tasks(
         return await step("store", calls.store_video, job_id)
 
     return (
-        TemporalAsyncTask("nanobanana2_image", nanobanana2_image),
-        TemporalAsyncTask("seedance_video", seedance_video),
+        TemporalAsyncTask("nanobanana2_image", nanobanana2_image, heartbeat_timeout=settings.worker_lost_after),
+        TemporalAsyncTask("seedance_video", seedance_video, heartbeat_timeout=settings.worker_lost_after),
     )
 
 

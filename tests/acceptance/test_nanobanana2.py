@@ -54,17 +54,18 @@ class Processes:
             "TEMPORAL_ADDRESS": temporal,
             "TEMPORAL_TASK_QUEUE": f"example-{uuid.uuid4().hex[:8]}",
             "MEDIA_DIR": str(folder / "media"),
+            "WORKER_LOST_AFTER": "5",
             "DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'app.db'}",
         }
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: str) -> tuple[subprocess.Popen[bytes], Path]:
+    def start(self, command: str, **environment: str) -> tuple[subprocess.Popen[bytes], Path]:
         """The process, and the file with its output."""
         log = self.folder / f"{len(self._started)}.log"
         script = f"set -a; . nanobanana2_image/dev.env; set +a; exec {command}"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                ["bash", "-c", script], cwd=EXAMPLES, env=self._environment, stdout=output, stderr=output
+                ["bash", "-c", script], cwd=EXAMPLES, env=self._environment | environment, stdout=output, stderr=output
             )
         self._started.append(process)
         return process, log
@@ -128,6 +129,20 @@ async def answers(url: str) -> bool:
 
 def test_the_readme_has_the_commands_that_are_run_here() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["temporal", "python", "python", "uvicorn"]
+
+
+async def test_a_worker_that_cannot_start_says_why_in_a_line(tmp_path: Path, server: DevServer) -> None:
+    with terminals(tmp_path, server) as processes:
+        wrong = {"ARK_API_KEY": " ", "CALLBACK_SECRET": "short", "WORKER_LOST_AFTER": "soon"}
+        started = [processes.start(COMMANDS[2], **{variable: value}) for variable, value in wrong.items()]
+        for (process, log), reason in zip(
+            started, ("ARK_API_KEY", "callback's secret", "WORKER_LOST_AFTER"), strict=True
+        ):
+            assert process.wait(60) == 1
+            told = logged(log, "not started")
+            assert told, log.read_text()
+            assert reason in told["message"]
+            assert "Traceback" not in log.read_text()
 
 
 async def test_a_picture_ordered_on_the_page_appears_though_its_worker_was_killed(

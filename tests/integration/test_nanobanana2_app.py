@@ -137,16 +137,17 @@ async def test_an_ordered_picture_is_made_stored_and_shown(shop: Shop) -> None:
 
 async def test_a_video_is_waited_for_and_its_record_knows_the_vendors_id_meanwhile(sqlite_shop: Shop) -> None:
     shop = sqlite_shop
-    shop.stub.video_seconds = 3.0
+    shop.stub.video_seconds = 3600.0
     await shop.start_worker()
     order = {"kind": "video", "prompt": "a fox", "image_url": f"{shop.stub_url}/samples/fox.png"}
     call_id = shop.http.post("/api/calls", json=order).json()["id"]
 
-    def knows() -> Any:
-        call = shop.call(call_id)
-        return call["status"] == "processing" and call["external_id"]
+    async def vendors_id() -> Any:
+        return (await asyncio.to_thread(shop.call, call_id))["external_id"]  # not on the loop that the worker is on
 
-    assert (await wait_until(knows, timeout=20)).startswith("cgt-")
+    assert (await wait_until(vendors_id, timeout=30, interval=0.1)).startswith("cgt-")
+    assert shop.call(call_id)["status"] == "processing"
+    shop.stub.finish_videos()
     call = await shop.ended(call_id)
     video = shop.http.get(call["response"]["video_url"])
     assert video.headers["content-type"] == "video/mp4"
@@ -208,6 +209,9 @@ async def test_sources_that_would_burst_the_journal_do_not(sqlite_shop: Shop) ->
         ({"prompt": " \n\t "}, "prompt: The prompt is empty"),
         ({"prompt": "x" * 100_000}, "prompt: The prompt has 100,000 characters; the limit is 4,000."),
         ({"prompt": None}, "prompt: "),
+        ({"prompt": "a\0b"}, "prompt: The prompt holds what is no character"),
+        ({"source_image_url": "/media/source-unknown.png"}, "There is no source-unknown.png"),
+        ({"source_image_url": "/media/../app.db"}, "cannot be a file's name"),
         ({"prompt": ["a"]}, "prompt: "),
         ({"kind": "sculpture"}, "Input tag 'sculpture'"),
         ({"source_image_url": None}, "source_image_url: "),
@@ -234,6 +238,7 @@ def test_an_order_that_cannot_be_is_refused_with_the_reason(
     [
         ("POST", "/api/calls", {"content": b"{"}, 422),
         ("POST", "/api/calls", {"content": b"\xff"}, 400),
+        ("POST", "/api/calls", {"content": b'{"kind": "video", "prompt": "\\ud800"}'}, 422),
         ("POST", "/api/calls", {"content": b"x" * 11_000_000}, 413),
         ("POST", "/api/pictures", {"content": b"x" * 11_000_000}, 413),
         ("POST", "/api/pictures", {"content": b""}, 422),

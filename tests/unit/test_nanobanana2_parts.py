@@ -13,7 +13,7 @@ import ark  # noqa: F401 - makes the example importable
 from nanobanana2_image import stub_pictures
 from nanobanana2_image.downloads import DownloadRefusedError, Downloads, is_public
 from nanobanana2_image.pictures import NotAPictureError, PictureInfo, data_url, read_picture
-from nanobanana2_image.settings import Settings
+from nanobanana2_image.settings import PromptError, Settings, check_prompt
 from nanobanana2_image.storage import NotStoredError, Storage
 from nanobanana2_image.tasks import Picture, PictureOrder, StoredPicture, Video, VideoOrder, check_source, create_tasks
 from temporal_async_task import PollTimeoutError, StepFailedError
@@ -190,6 +190,19 @@ def test_settings_come_from_the_environment() -> None:
     assert "secret" not in repr(settings)
 
 
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_a_number_that_is_none_is_told_with_the_variables_name(text: str) -> None:
+    with pytest.raises(ValueError, match="VIDEO_POLL_EVERY must be a number of seconds over 0"):
+        Settings.from_env({"VIDEO_POLL_EVERY": text})
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "a\0b", "a\ud800b", "x" * 4001])
+def test_a_prompt_that_no_picture_can_be_made_of_is_refused(prompt: str) -> None:
+    with pytest.raises(PromptError):
+        check_prompt(prompt)
+    assert check_prompt(" 猫在杯子里 🐈 ") == "猫在杯子里 🐈"
+
+
 # The tasks, in memory: their calls are scripted.
 
 ORDER = PictureOrder("http://a.example/1.png", "http://a.example/2.png", "a cup on a chair")
@@ -256,9 +269,12 @@ def test_a_video_that_is_not_ready_in_half_an_hour_is_given_up() -> None:
     assert run.calls_of("store") == 0
 
 
-def test_a_source_is_checked_before_it_is_ordered() -> None:
-    settings = Settings(picture_hosts=("a.example",))
+def test_a_source_is_checked_before_it_is_ordered(tmp_path: Path) -> None:
+    settings = Settings(picture_hosts=("a.example",), media_dir=tmp_path)
     check_source("https://a.example/1.png", settings)
-    check_source("/media/source-1.png", settings)
+    check_source("/media/" + Storage(tmp_path).write("source-1.png", b""), settings)
+    for missing in ("/media/source-2.png", "/media/../source-1.png", "/media/\0", "/media/"):
+        with pytest.raises(NotStoredError):
+            check_source(missing, settings)
     with pytest.raises(DownloadRefusedError, match="not among the configured hosts"):
         check_source("http://169.254.169.254/latest/meta-data", settings)
