@@ -5,7 +5,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from temporal_async_task import NonRetryableError
 
@@ -50,7 +50,7 @@ def read_picture(data: bytes) -> PictureInfo:
             mime, suffix = _KINDS[picture.format or ""]
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         fits = False
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise NotAPictureError(f"This is no picture: not one of {', '.join(_KINDS)}.") from None
     except Exception as error:  # what decoders raise at damaged data is of many kinds
         raise NotAPictureError(f"The picture is damaged: {error}") from None

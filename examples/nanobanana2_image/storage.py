@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from temporal_async_task import NonRetryableError
 
@@ -24,7 +24,7 @@ class Storage:
         self._folder = folder
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[BinaryIO]:
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
         """A file to write to. It gets its name at the end, and only if all went well."""
         target = self._path(name)
         self._folder.mkdir(parents=True, exist_ok=True)
