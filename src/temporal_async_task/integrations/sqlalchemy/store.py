@@ -175,7 +175,9 @@ class RecordStore:
 
     def _claimed(self, session: Session, keys: Sequence[Any], *, with_params: bool) -> list[Claim]:
         claims: list[Claim] = []
-        query = select(self.records.record).where(self.records.key.in_(keys)).order_by(self.records.key)
+        # One class of records may run several tasks: another's run must not be looked for among this one's.
+        ours = (self.records.key.in_(keys), *self.records.criteria())
+        query = select(self.records.record).where(*ours).order_by(self.records.key)
         for record in session.scalars(query).all():
             claim = Claim(
                 key=getattr(record, self.records.key.key),
