@@ -146,7 +146,8 @@ async def test_a_video_is_waited_for_and_its_record_knows_the_vendors_id_meanwhi
         return (await asyncio.to_thread(shop.call, call_id))["external_id"]  # not on the loop that the worker is on
 
     assert (await wait_until(vendors_id, timeout=30, interval=0.1)).startswith("cgt-")
-    assert shop.call(call_id)["status"] == "processing"
+    call = shop.call(call_id)
+    assert call["status"] == "processing", call["error"]
     shop.stub.finish_videos()
     call = await shop.ended(call_id)
     video = shop.http.get(call["response"]["video_url"])
