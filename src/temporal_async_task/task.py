@@ -388,7 +388,7 @@ class TemporalAsyncTask(Generic[P, R]):
         await self._connected().send(self._address, _known_text(task_id, self.name), key, value)
 
     async def list(
-        self, *, status: TaskStatus | str | None = None, limit: int | None = 100
+        self, *, status: TaskStatus | str | None = None, limit: int | None = 100, skip: int = 0
     ) -> AsyncIterator[TaskResult[R]]:
         """The task's runs, newest first, as the server's visibility store has them (some moments behind).
 
@@ -397,13 +397,22 @@ class TemporalAsyncTask(Generic[P, R]):
         Args:
             status: Only runs with this status.
             limit: At most so many; None for all.
+            skip: Leave out so many of the newest, for pages.
         """
         backend = self._connected()
         wanted = None if status is None else TaskStatus(status)
+        # Only a run that goes on has to be asked itself whether it has begun.
+        by_query = wanted not in {TaskStatus.PENDING, TaskStatus.PROCESSING}
         found = 0
         async for task_id in backend.ids(self._address, wanted):
+            if by_query and skip > 0:
+                skip -= 1
+                continue
             run = await self.get_status(task_id)
             if wanted is None or run.status is wanted:
+                if skip > 0:
+                    skip -= 1
+                    continue
                 yield run
                 found += 1
                 if limit is not None and found >= limit:
