@@ -88,12 +88,19 @@ TaskId = Annotated[str, Path(min_length=1, description="The id that the submit h
 IdempotencyKey = Annotated[
     str | None,
     Header(
+        alias="Idempotency-Key",
         min_length=1,
         max_length=255,
         description="The same key with the same params is one run, however often it is sent; with others a conflict",
     ),
 ]
 Endpoint = Callable[..., Awaitable[Response]]
+
+
+LastEventId = Annotated[
+    str | None, Header(alias="Last-Event-ID", description="Sent by browsers when they come back: goes on from there")
+]
+_Responses = dict[int | str, dict[str, Any]]
 
 
 class TaskRoutes:
@@ -118,8 +125,12 @@ class TaskRoutes:
         path, run = f"/tasks/{self.task.name}", f"/tasks/{self.task.name}/{{task_id:path}}"
         shown = {OK: {"model": self.documents.model}}
         on_run = documented(NOT_FOUND)
+        accepted: _Responses = {ACCEPTED: {"model": Accepted}}
+        where = {"description": "Where the run's status is", "schema": {"type": "string"}}
+        located: _Responses = {ACCEPTED: {"model": Accepted, "headers": {"Location": where}}}
+        submitting: _Responses = {**located, **documented(CONFLICT, *_BODY_PROBLEMS)}
         add = self._adder(router)
-        add("submit", "POST", path, self._submit(), status=ACCEPTED, responses=documented(CONFLICT, *_BODY_PROBLEMS))
+        add("submit", "POST", path, self._submit(), status=ACCEPTED, responses=submitting)
         add("list", "GET", path, self._list, status=OK, responses={OK: {"model": RunPage}, **documented()})
         add(
             "result",
@@ -133,7 +144,7 @@ class TaskRoutes:
                 **on_run,
             },
         )
-        stream: dict[int | str, dict[str, Any]] = {
+        stream: _Responses = {
             OK: {
                 "description": "Events `run`, each with the run as its data, and at last one `end`",
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
@@ -141,7 +152,7 @@ class TaskRoutes:
             NO_CONTENT: {"description": "It has ended, and the last event was received"},
         }
         add("events", "GET", f"{run}/events", self._events, status=OK, responses={**stream, **on_run})
-        changing = documented(NOT_FOUND, *_BODY_PROBLEMS)
+        changing: _Responses = {**accepted, **documented(NOT_FOUND, *_BODY_PROBLEMS)}
         add("cancel", "POST", f"{run}/cancel", self._cancel, status=ACCEPTED, responses=changing)
         add(
             "resume",
@@ -166,10 +177,8 @@ class TaskRoutes:
                 operation_id=f"{verb}_{name}",
                 summary=f"{verb.capitalize()}: {name}",
                 description=inspect.cleandoc(endpoint.__doc__ or ""),
-                response_model=Accepted if status == ACCEPTED else None,
-                response_class=Response,
                 status_code=status,
-                responses={OK: {}, **responses} if status == OK else responses,
+                responses=responses,
                 tags=[name],
             )
             if method == "GET" and verb in {"status", "list"}:
@@ -247,7 +256,7 @@ class TaskRoutes:
     async def _events(
         self,
         task_id: TaskId,
-        last_event_id: Annotated[str | None, Header(description="Sent by browsers when they come back")] = None,
+        last_event_id: LastEventId = None,
     ) -> Response:
         """Server-sent events: each change of the run's status, its steps and its progress, until it has ended."""
         with self._listen(task_id) as watch:
