@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from support import wait_until
 from temporal_async_task import RetryPolicy, async_task, progress, sleep, step, wait_for
 
 
@@ -102,8 +103,7 @@ async def serving(app: Any) -> AsyncIterator[str]:
     with listening_socket() as listening:
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign] # pytest's own stay
         running = asyncio.create_task(server.serve(sockets=[listening]))
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await wait_until(lambda: server.started, timeout=30)
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:

@@ -195,11 +195,14 @@ async def test_a_silent_stream_is_kept_alive(app: App, monkeypatch: pytest.Monke
     tasks = web.picture_tasks()
     await app.connect(*tasks)
     task_id = await tasks[1].submit(web.Order("cup"))
-    async with web.serving(application(tasks)) as address, httpx.AsyncClient(base_url=address) as client:
-        async with client.stream("GET", f"/tasks/approval/{task_id}/events") as answer:
-            async for line in answer.aiter_lines():
-                if line == ": keep-alive":
-                    break
+    async with (
+        web.serving(application(tasks)) as address,
+        httpx.AsyncClient(base_url=address) as client,
+        client.stream("GET", f"/tasks/approval/{task_id}/events") as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if line == ": keep-alive":
+                break
 
 
 async def test_a_stream_ends_after_a_while_so_that_the_client_is_let_in_anew(app: App, monkeypatch: pytest.MonkeyPatch):

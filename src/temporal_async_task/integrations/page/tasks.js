@@ -163,7 +163,7 @@ function showRun() {
       fact("attempt", run.attempt > 1 ? String(run.attempt) : null),
       fact("goes on", !ended && run.next_retry_at ? clock(run.next_retry_at) : null)),
   ];
-  if (run.progress !== null || run.progress_message) {
+  if (run.status !== "completed" && (run.progress !== null || run.progress_message)) {
     parts.push(element("h3", { textContent: run.progress_message || "Progress" }));
     if (run.progress !== null) parts.push(element("progress", { max: 1, value: run.progress, "aria-label": "Progress" }));
   }
