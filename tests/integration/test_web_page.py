@@ -110,7 +110,7 @@ async def test_a_run_is_submitted_and_its_steps_are_seen_as_they_go(visit: Visit
     await visit.submit("product_shot", {"prompt": "cup"})
     await visit.stands("processing")
     await visit.shows("generate", "Rendering cup")
-    await expect(visit.page.locator(".steps .running")).to_contain_text("generate", timeout=PATIENCE)
+    await expect(visit.page.locator(".steps li.running")).to_contain_text("generate", timeout=PATIENCE)
     await visit.picture("running")
     await visit.stands("completed")
     await visit.shows("settle", "upload", '"url": "https://images.example/cup"')

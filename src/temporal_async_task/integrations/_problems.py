@@ -132,7 +132,7 @@ def answered(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
             return await endpoint(*args, **kwargs)
         except AsyncTaskError as error:
             return answer_to(error)
-        except StarletteHTTPException:
+        except (StarletteHTTPException, RequestValidationError):
             raise
         except Exception as error:
             return _broken(error)

@@ -9,7 +9,8 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, create_model
+from fastapi.exceptions import RequestValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import to_json
 
@@ -75,6 +76,7 @@ class RunDocuments:
     def __init__(self, task: TemporalAsyncTask[Any, Any]) -> None:
         self.task = task.name
         self.params_type = _params_type(task)
+        self._params = TypeAdapter[Any](self.params_type)
         described, self._result = _result_type(task.result_type)
         result: Any = {"result": (described | None, Field(description="What the task returned; null while it goes on"))}
         self.model: type[RunSummary] = create_model(
@@ -84,10 +86,22 @@ class RunDocuments:
             **result,
         )
 
+    def read_params(self, body: bytes) -> Any:
+        """The params in a body, which may be empty where they may be null.
+
+        Raises:
+            RequestValidationError: They do not fit, to the letter of the schema: ``"1"`` is no number.
+        """
+        try:
+            return self._params.validate_json(body or _NULL, strict=True)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from None
+
     @property
     def params_schema(self) -> dict[str, Any]:
         """The JSON Schema of the task's params."""
-        return TypeAdapter[Any](self.params_type).json_schema()
+        return self._params.json_schema()
 
     def summary(self, run: TaskResult[Any]) -> RunSummary:
         """A run without its result."""

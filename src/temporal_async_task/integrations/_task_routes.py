@@ -147,7 +147,7 @@ class TaskRoutes:
         stream: _Responses = {
             OK: {
                 "description": "Events `run`, each with the run as its data, and at last one `end`",
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"text/event-stream": {}},
             },
             NO_CONTENT: {"description": "It has ended, and the last event was received"},
         }
@@ -195,6 +195,9 @@ class TaskRoutes:
             request: Request, params: Any = None, idempotency_key: str | None = None, key_scope: Any = ""
         ) -> Response:
             """Have the task run. Answers at once, with the run's id, and its address in `Location`."""
+            if self.task.takes_params:
+                # What FastAPI has made of the params is for the document only: it would take "1" or true for a number.
+                params = self.documents.read_params(await request.body())
             task_id = None if idempotency_key is None else self.task_id_of(idempotency_key, str(key_scope))
             task_id = await self.task.submit(params, task_id=task_id)
             where = f"{quote(request.scope['path'])}/{quote(task_id, safe='')}"

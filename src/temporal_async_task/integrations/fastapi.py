@@ -38,7 +38,7 @@ from temporal_async_task.task import TemporalAsyncTask
 MAX_BODY = 2 * 1024 * 1024
 """Bytes: as much as Temporal takes as a payload."""
 
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 _NOT_IN_A_PATH = set("/\\{}?#%")
 
 
