@@ -79,6 +79,7 @@ class AttemptActivity:
         self.user_loops = user_loops
         self.threads = threads
         self._running: set[_Attempt] = set()
+        self._least_age: float | None = None
         self._draining = False
 
     def drain(self) -> None:
@@ -91,6 +92,13 @@ class AttemptActivity:
         """Give every attempt back now."""
         for attempt in self._running:
             attempt.tell(Runner.interrupt)
+
+    def is_late(self, started: datetime, patience: float) -> bool:
+        """Whether an attempt was offered long before it came here, by comparison: no clock is trusted to be right."""
+        age = time.monotonic() - started.timestamp()  # and some constant
+        if self._least_age is None or age < self._least_age:
+            self._least_age = age
+        return age - self._least_age > patience
 
     @activity.defn(name=wire.COLLECT_ACTIVITY)
     async def collect(self, request: RawValue) -> RawValue:
@@ -160,6 +168,7 @@ class _Attempt:
         self._main_loop = asyncio.get_running_loop()
         self._values = PayloadValues(owner.converter, info.namespace, self.task_id, self._main_loop)
         self._events = NamedEvents(self._values, dict(zip(self._input.events, values, strict=True)))
+        self._lost = 0
         self._user_loop: UserLoop | None = None
         self._runner: Runner | None = None
         self._requests: list[Callable[[Runner], None]] = []
@@ -312,6 +321,10 @@ class _Attempt:
         writing = asyncio.create_task(self._writer.run(self._details))
         writing.add_done_callback(self._writer_ended)
         try:
+            if (self._lost or self._owner.is_late(self._info.started_time, heartbeat / 2)) and not (
+                await self._is_current(writing)
+            ):
+                return
             run = functools.partial(self._run, task, args, settings, journal)
             loops = self._owner.user_loops
             if is_sync(task.function):
@@ -326,6 +339,17 @@ class _Attempt:
                 work.cancel()
             if self._stopping is not None:
                 self._stopping.cancel()
+
+    async def _is_current(self, writing: asyncio.Task[None]) -> bool:
+        """Ask the server, before any call, whether this attempt is still the run's; waits until it answers.
+
+        What is offered to a worker that is frozen or cut off, the server counts as lost after a while, and offers
+        again. When the worker is back it gets all of that, late, and would make the same call once for each.
+        """
+        answer = asyncio.create_task(self._writer.checkpoint())
+        await asyncio.wait((answer, writing), return_when=asyncio.FIRST_COMPLETED)
+        answer.cancel()
+        return not writing.done()
 
     def _writer_ended(self, writing: asyncio.Task[None]) -> None:
         """Without its writer an attempt can save nothing, so it must not go on."""
@@ -421,7 +445,8 @@ class _Attempt:
                 journal.earlier = journal.attempt
         else:  # the first attempt of an activity that goes on where another was stopped
             journal.earlier = journal.attempt
-        journal.count_lost(max(self._info.attempt - 1 - accounted, 0))
+        self._lost = max(self._info.attempt - 1 - accounted, 0)
+        journal.count_lost(self._lost)
         return journal
 
     async def _insist_encode(self, journal: Journal, *, ended: bool = False) -> list[Payload]:
