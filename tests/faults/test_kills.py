@@ -35,7 +35,7 @@ async def test_workers_that_are_killed_at_random_moments_lose_nothing_and_repeat
 ):
     kills, open_runs = scale.pick(10, 100), 20
     await app.connect(product_shot)
-    workers = [start_worker(__file__, app, SLOTS="3") for _ in range(2)]
+    workers = [start_worker(__file__, app, SLOTS="3") for _ in range(3)]
     runs: dict[str, TaskResult[list[str]] | None] = {}
     killed: dict[int, float] = {}
     calls_by_then: dict[tuple[str, str], int] = {}  # of finished steps, when the server first told them to be so
@@ -53,11 +53,15 @@ async def test_workers_that_are_killed_at_random_moments_lose_nothing_and_repeat
             for key in run.completed_steps:
                 calls_by_then.setdefault((run.task_id, key), made[run.task_id, key])
 
+    def at_work() -> list[int]:
+        """The workers that have made a call: to kill one while Python starts would be no feat."""
+        callers = {call.pid for call in vendor.calls()}
+        return [number for number, worker in enumerate(workers) if worker.pid in callers]
+
     await top_up()
-    await wait_until(vendor.calls, timeout=30)
     for _ in range(kills):
-        await asyncio.sleep(chance.uniform(0.3, 1.5))
-        victim = chance.randrange(len(workers))
+        await asyncio.sleep(chance.uniform(0.2, 1.5))
+        victim = chance.choice(await wait_until(at_work, timeout=60))
         workers[victim].kill()
         killed[workers[victim].pid] = time.time()
         workers[victim] = start_worker(__file__, app, SLOTS="3")
@@ -69,8 +73,7 @@ async def test_workers_that_are_killed_at_random_moments_lose_nothing_and_repeat
     calls = vendor.calls()
     made = Counter(call.step for call in calls)
     lost = made.total() - len(runs) * len(STEPS)
-    hit = len({call.pid for call in calls} & set(killed))
-    report(kills=kills, runs=len(runs), calls=len(calls), made_again=lost, killed_with_calls=hit)
+    report(kills=kills, runs=len(runs), calls=len(calls), made_again=lost)
     for task_id, run in runs.items():
         assert run is not None
         assert (run.status, run.result) == (TaskStatus.COMPLETED, expected(task_id, *STEPS)), run
@@ -136,10 +139,8 @@ async def killed_around_a_checkpoint(
             else:
                 await asyncio.sleep(delay or 0)
             worker.kill()
-        # It is noticed; or else there was nothing left to do but to end the run.
-        stood = await status_when(
-            task, task_id, lambda run: run.last_error or len(run.completed_steps) == 3, timeout=20
-        )
+        await asyncio.sleep(0.5)  # what it had sent has arrived
+        stood = await task.get_status(task_id)
         start_worker(__file__, mine)
         assert await task.result(task_id, timeout=30) == expected(task_id, "generate", held, "upload")
         return held, stood
