@@ -137,7 +137,8 @@ async def order(seconds: float = 0.0) -> str:
 
 def order_blocking(seconds: float = 0.0) -> str:
     """The same, by a client that blocks."""
-    answer = requests.post(os.environ["VENDOR_URL"], json=_asked(seconds), headers=_headers(), timeout=600)
+    url = os.environ["VENDOR_URL"]
+    answer = requests.post(url, json=_asked(seconds), headers=_headers(), timeout=600)  # blocking line
     answer.raise_for_status()
     return str(answer.json())
 
