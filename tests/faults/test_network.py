@@ -114,7 +114,7 @@ async def test_a_worker_that_is_back_after_another_took_over_writes_nothing_and_
             assert {call.pid for call in calls[before_late:]} <= {again.pid}, "the late worker ran another step"
             assert len({call.idempotency_key for call in vendor.calls(task_id, held)}) == 1
 
-    rounds = scale.pick(1, 10)
+    rounds = scale.pick(1, 5)
     for number in range(rounds):
         # What the late worker sends may come while the run goes on, or when it has ended.
         await asyncio.gather(*(one(how, late_first=(number + place) % 2 == 0) for place, how in enumerate(HOWS)))
@@ -141,7 +141,7 @@ async def test_a_worker_that_hears_nothing_from_the_server_goes_on_when_it_does(
             assert len(made) == len(STEPS) - 1
             await status_when(task, task_id, lambda run: run.status is TaskStatus.COMPLETED)
 
-    rounds = scale.pick(1, 10)
+    rounds = scale.pick(1, 5)
     for _ in range(rounds):
         await asyncio.gather(*(one() for _ in range(2)))
     report(runs=2 * rounds, calls=len(vendor.calls()), made_again=len(vendor.calls()) - 2 * rounds * len(STEPS))
