@@ -18,7 +18,8 @@ from temporal_async_task import TaskStatus, TemporalAsyncTask, step
 pytestmark = pytest.mark.case(5, "network")
 HEARTBEAT = 4.0
 TAKEN_OVER = 150.0
-"""Seconds: the server loses an offer to each request for work that the cut worker has left open, for up to a minute."""
+"""Seconds: the server loses offers, of attempts and of workflow tasks, to each request for work that the cut worker has
+left open; these live for a minute."""
 STEPS = ("first", "second", "third", "fourth")
 
 
@@ -101,9 +102,9 @@ async def test_a_worker_that_is_back_after_another_took_over_writes_nothing_and_
                 vendor.release(held)  # both are answered: the late one, and the one that counts
             else:
                 vendor.release(held)
-                assert await task.result(task_id, timeout=30) == keys_of(task_id, held)
+                assert await task.result(task_id, timeout=TAKEN_OVER) == keys_of(task_id, held)
                 cut.mend()
-            assert await task.result(task_id, timeout=30) == keys_of(task_id, held)
+            assert await task.result(task_id, timeout=TAKEN_OVER) == keys_of(task_id, held)
             ended = await task.get_status(task_id)
             await asyncio.sleep(2 * HEARTBEAT)
             assert await task.get_status(task_id) == ended, "the late worker wrote something"
