@@ -1,0 +1,176 @@
+"""What the library itself costs a worker, on a server in memory that answers at once.
+
+The whole way of an attempt is taken: the activity, both event loops, the runner, the writer, its protobuf messages. Left
+out are the SDK's core, gRPC and the server. ``python -m performance.engine`` prints the figures as JSON;
+``--profile`` shows where the time of both event loops goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import dataclasses
+import json
+import pstats
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+from temporalio import activity
+from temporalio.api.workflowservice.v1 import (
+    RecordActivityTaskHeartbeatRequest,
+    RecordActivityTaskHeartbeatResponse,
+    RespondActivityTaskCompletedRequest,
+    RespondActivityTaskCompletedResponse,
+)
+from temporalio.common import RawValue
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.testing import ActivityEnvironment
+
+from performance import calls
+from temporal_async_task import TemporalAsyncTask, step
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.activity import AttemptActivity
+from temporal_async_task.engine.loops import DaemonThreads, UserLoops
+from temporal_async_task.registry import Registry
+
+_STEPS = 5
+_AT_ONCE = 50
+
+
+class _Server:
+    """Answers each request at once; as a client does, it serialises it."""
+
+    namespace = "default"
+    identity = "benchmark"
+
+    def __init__(self) -> None:
+        self.workflow_service = self
+
+    async def record_activity_task_heartbeat(
+        self, request: RecordActivityTaskHeartbeatRequest, **_: Any
+    ) -> RecordActivityTaskHeartbeatResponse:
+        request.SerializeToString()
+        return RecordActivityTaskHeartbeatResponse()
+
+    async def respond_activity_task_completed(
+        self, request: RespondActivityTaskCompletedRequest, **_: Any
+    ) -> RespondActivityTaskCompletedResponse:
+        request.SerializeToString()
+        return RespondActivityTaskCompletedResponse()
+
+
+def sync_call(n: int) -> str:
+    return f"{n:020d}"
+
+
+async def chain(n: int) -> str:
+    text = ""
+    for i in range(n):
+        text = await step(f"step-{i}", calls.call, i)
+    return text
+
+
+async def sync_chain(n: int) -> str:
+    text = ""
+    for i in range(n):
+        text = await step(f"step-{i}", sync_call, i)
+    return text
+
+
+TASKS = {name: TemporalAsyncTask(name, function) for name, function in {"chain": chain, "sync": sync_chain}.items()}
+
+
+class Worker:
+    """A worker's activity, without the SDK's worker around it."""
+
+    def __init__(self) -> None:
+        registry = Registry()
+        for task in TASKS.values():
+            registry.add(task)
+        self.loops = UserLoops()
+        client: Any = _Server()
+        self._activity = AttemptActivity(registry, client, pydantic_data_converter, self.loops, DaemonThreads(_AT_ONCE))
+
+    async def attempt(self, task: str, steps: int) -> None:
+        environment = ActivityEnvironment()
+        environment.info = dataclasses.replace(
+            environment.info,
+            activity_type=task,
+            workflow_id="run",
+            workflow_run_id="run",
+            heartbeat_timeout=timedelta(seconds=15),
+        )
+        [params] = pydantic_data_converter.payload_converter.to_payloads([steps])
+        args = [RawValue(wire.AttemptInput(origin="0" * 32).to_payload()), RawValue(params)]
+        try:
+            await environment.run(self._activity.run, args)
+        except activity._CompleteAsyncError:  # noqa: SLF001 - how an attempt always ends
+            return
+        raise AssertionError("an attempt's outcome goes by task token")
+
+
+async def _cost(work: Callable[[], Awaitable[Any]], count: int) -> float:
+    """Microseconds of this process's CPU a call, many of them at once."""
+    slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def one() -> None:
+        async with slots:
+            await work()
+
+    before = time.process_time()
+    await asyncio.gather(*(one() for _ in range(count)))
+    return (time.process_time() - before) / count * 1e6
+
+
+async def measure(count: int) -> dict[str, float]:
+    """One round: tasks without steps, and with five; the difference is the steps'."""
+    worker = Worker()
+    costs: dict[tuple[str, int], float] = {}
+    for task in TASKS:
+        for steps in (0, _STEPS):
+            await _cost(lambda: worker.attempt(task, steps), max(count // 5, 5))  # noqa: B023 - awaited here
+            costs[task, steps] = await _cost(lambda: worker.attempt(task, steps), count)  # noqa: B023
+    rules = [await _cost(lambda: TASKS["chain"](steps), count) for steps in (0, _STEPS)]  # noqa: B023
+    worker.loops.stop()
+    return {
+        "engine-task": costs["chain", 0],
+        "engine-step": (costs["chain", _STEPS] - costs["chain", 0]) / _STEPS,
+        "engine-sync-step": (costs["sync", _STEPS] - costs["sync", 0]) / _STEPS,
+        "rules-step": (rules[1] - rules[0]) / _STEPS,
+    }
+
+
+async def profile(count: int) -> None:
+    """Print where the time of the SDK's loop and of the users' loop goes."""
+    worker = Worker()
+    profiles = cProfile.Profile(), cProfile.Profile()
+    user_loop = worker.loops.pick()
+    user_loop.call_soon(profiles[1].enable)
+    profiles[0].enable()
+    await _cost(lambda: worker.attempt("chain", _STEPS), count)
+    profiles[0].disable()
+    disabled = threading.Event()
+    user_loop.call_soon(lambda: (profiles[1].disable(), disabled.set()))
+    disabled.wait()
+    for name, made in zip(("the SDK's loop", "the users' loop"), profiles, strict=True):
+        print(f"\n===== {name}")
+        pstats.Stats(made).sort_stats("tottime").print_stats(30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=400, help="tasks")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    if options.profile:
+        asyncio.run(profile(options.count))
+    else:
+        print(json.dumps(asyncio.run(measure(options.count))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The processes of a run: workers and load generators, and what they have used."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from performance.place import Place
+
+_ROOT = Path(__file__).parent.parent
+_ANSWER_LIMIT = 2**24  # bytes
+STOP_TIMEOUT = 15.0  # seconds
+
+
+class BenchmarkError(Exception):
+    """A process of the benchmark did not do what it was told."""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+class WorkerProcess:
+    """A worker, and the log of what it says."""
+
+    def __init__(self, place: Place) -> None:
+        self._log = (Path(place.folder) / "worker.log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "performance.worker", place.to_json()],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """End it as a crash would; and the processes that it has started."""
+        for child in (*psutil.Process(self.pid).children(recursive=True), self.process):
+            child.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._log.close()
+
+
+class LoadProcess:
+    """A load generator: told what to do by lines of JSON."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._process: asyncio.subprocess.Process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def start(self) -> None:
+        log = (Path(self._place.folder) / "load.log").open("ab")  # noqa: SIM115, ASYNC230 - the process keeps it
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "performance.load",
+            self._place.to_json(),
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            limit=_ANSWER_LIMIT,
+        )
+        log.close()
+        await self._answer(60)
+
+    async def tell(self, command: str, timeout: float = 600.0, **arguments: Any) -> Any:
+        """Have a method of ``load.Load`` called.
+
+        Raises:
+            BenchmarkError: It failed.
+        """
+        assert self._process.stdin is not None  # noqa: S101 - it was asked for
+        self._process.stdin.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
+        return await self._answer(timeout, command)
+
+    async def _answer(self, timeout: float, command: str = "start") -> Any:
+        assert self._process.stdout is not None  # noqa: S101 - it was asked for
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), timeout)
+        except TimeoutError:
+            raise BenchmarkError(f"{self._place.variant}: no answer to {command!r} in {timeout:.0f} s") from None
+        if not line:
+            log = (Path(self._place.folder) / "load.log").read_text(errors="replace")[-2000:]
+            raise BenchmarkError(f"{self._place.variant}: its load generator has ended:\n{log}")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "error" in answer:
+            raise BenchmarkError(f"{self._place.variant}: {command!r} failed: {answer['error']}")
+        return answer
+
+    async def stop(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """User and system time of a process so far, with its children's."""
+    if pid is None:
+        return 0.0
+    process = psutil.Process(pid)
+    times = process.cpu_times()
+    total = times.user + times.system + times.children_user + times.children_system
+    for child in process.children(recursive=True):
+        try:
+            own = child.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += own.user + own.system
+    return float(total)
+
+
+def memory(pid: int) -> int:
+    """Bytes that a process, with its children, has to itself."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(process.memory_full_info().uss for process in processes)
