@@ -125,6 +125,7 @@ class Benchmark:
                 if question in self._questions:
                     self.say(question)
                     await getattr(self, f"_{question}")()
+        self.results.add_p99()
         return self.results
 
     async def _round(self) -> None:
@@ -165,7 +166,7 @@ class Benchmark:
                 self.results.left_out[variant.name] = 'this version of the library has no execution="activity"'
                 continue
             if variant.server not in found:
-                folder = self._folder / variant.server
+                folder = self._folder / f"server-{variant.server}"
                 folder.mkdir()
                 try:
                     found[variant.server] = await stack.enter_async_context(SERVICES[variant.server](folder))

@@ -93,19 +93,24 @@ class Results:
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict[str, dict[str, list[float]]])
     """By figure and variant; one for each round."""
     latencies: dict[str, dict[str, list[float]]] = field(default_factory=dict[str, dict[str, list[float]]])
-    """Single latencies in ms, of all rounds, for the plots of their distribution."""
+    """Single latencies in ms, of all rounds."""
 
     def add(self, figure: str, variant: str, value: float) -> None:
         self.samples.setdefault(FIGURES[figure].key, {}).setdefault(variant, []).append(round(value, 4))
 
     def add_latencies(self, figure: str, variant: str, seconds: list[float]) -> None:
-        """Note p50 and p99 of one round's latencies."""
-        values = sorted(value * 1e3 for value in seconds)
+        """Note the median of one round's latencies, and keep them for the p99 of all rounds."""
+        values = [round(value * 1e3, 2) for value in seconds]
         self.add(f"{figure}-p50", variant, statistics.median(values))
-        if f"{figure}-p99" in FIGURES:
-            self.add(f"{figure}-p99", variant, values[max(math.ceil(len(values) * 0.99) - 1, 0)])
-        kept = self.latencies.setdefault(figure, {}).setdefault(variant, [])
-        kept += [round(value, 2) for value in values]
+        self.latencies.setdefault(figure, {}).setdefault(variant, []).extend(values)
+
+    def add_p99(self) -> None:
+        """Note the 99th percentile of what ``add_latencies`` has kept: one for all rounds, or it would be of few."""
+        for figure, variants in self.latencies.items():
+            for variant, values in variants.items():
+                if f"{figure}-p99" in FIGURES:
+                    at = max(math.ceil(len(values) * 0.99) - 1, 0)
+                    self.add(f"{figure}-p99", variant, sorted(values)[at])
 
     def summary(self, figure: str, variant: str) -> Summary | None:
         samples = self.samples.get(figure, {}).get(variant)

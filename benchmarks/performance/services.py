@@ -63,11 +63,11 @@ async def postgres(folder: Path) -> AsyncIterator[Service]:
     prefix: list[str] = []
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = next((name for name in ("postgres", "nobody") if _exists(name)), None)
-        if user is None or shutil.which("runuser") is None:
+        if user is None or shutil.which("setpriv") is None:
             raise UnavailableError("PostgreSQL does not run as root, and there is no other user to run it")
-        prefix = ["runuser", "-u", user, "--"]
+        prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--"]
         data.mkdir()
-        shutil.chown(data, user)
+        shutil.chown(data, user, user)
         for parent in (folder, *folder.parents):
             if parent.stat().st_uid == 0 and parent not in {Path("/"), Path("/tmp")}:  # noqa: S108 - not written to
                 parent.chmod(parent.stat().st_mode | 0o011)
@@ -76,7 +76,6 @@ async def postgres(folder: Path) -> AsyncIterator[Service]:
     await asyncio.to_thread(_check, command)
     command = [*prefix, server, "-D", str(data), "-p", str(port), "-h", _HOST, "-k", ""]
     async with _running(command, folder / "postgres.log", port) as process:
-        # Of runuser, the server is the child.
         yield Service(f"postgresql://bench@{_HOST}:{port}/benchmark", process.pid)
 
 

@@ -76,11 +76,10 @@ class DBOSPeer(base.Peer):
     async def open(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT
         while True:  # until the worker has made the tables
-            self._client = DBOSClient(system_database_url=self.place.address)
             try:
+                self._client = DBOSClient(system_database_url=self.place.address)
                 await self._client.list_workflows_async(limit=1)
             except Exception:
-                self._client.destroy()
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.5)
