@@ -1,4 +1,4 @@
-"""The calls that the tasks of every variant make. They take no time, so that what is measured is what is around them."""
+"""The calls that the tasks of every variant make. They take no time: what is measured is what is around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conducts a run: starts servers, workers and load generators, and asks each variant the same, in turn, round by round."""
+"""Conducts a run: starts servers, workers and load generators, and asks each variant the same, round by round."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Sizes:
     wait: int = 12
     """Seconds that the tasks wait whose memory is measured."""
     drained: int = 10_000
+    drained_by: tuple[int, ...] = (1, 2, 4)
+    """Worker processes."""
     engine: int = 400
 
 
@@ -64,9 +66,21 @@ QUICK = Sizes(
     engine=60,
 )
 TINY = Sizes(
-    rounds=1, tasks=12, in_flight=6, one_by_one=3, submits=3, asks=2, long=10, longest=20, fan=5, waiting=5, wait=2,
-    drained=40, engine=10,
-)  # fmt: skip
+    rounds=1,
+    tasks=12,
+    in_flight=6,
+    one_by_one=3,
+    submits=3,
+    asks=2,
+    long=10,
+    longest=20,
+    fan=5,
+    waiting=5,
+    wait=1,
+    drained=40,
+    drained_by=(1,),
+    engine=10,
+)
 
 
 class Running:
@@ -338,7 +352,7 @@ class Benchmark:
         await running.load.tell("finish")
 
     async def _drain(self) -> None:
-        for workers in (1, 2, 4):
+        for workers in self.sizes.drained_by:
             for running in self._running:
                 if running.name in _DRAINED:
                     await self._ask("drain", running, lambda running: self._drain_by(running, workers))  # noqa: B023
@@ -380,6 +394,3 @@ async def _python(module: str, *arguments: str) -> Any:
     if process.returncode != 0:
         raise BenchmarkError(f"{module} has failed, with exit status {process.returncode}")
     return json.loads(output)
-
-
-

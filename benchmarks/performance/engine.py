@@ -1,7 +1,7 @@
 """What the library itself costs a worker, on a server in memory that answers at once.
 
-The whole way of an attempt is taken: the activity, both event loops, the runner, the writer, its protobuf messages. Left
-out are the SDK's core, gRPC and the server. ``python -m performance.engine`` prints the figures as JSON;
+The whole way of an attempt is taken: the activity, both event loops, the runner, the writer, its protobuf messages.
+Left out are the SDK's core, gRPC and the server. ``python -m performance.engine`` prints the figures as JSON;
 ``--profile`` shows where the time of both event loops goes.
 """
 

@@ -95,7 +95,7 @@ class Load:
         """Submit a task whose worker is to be killed; returns its id once it hangs in its second step."""
         task_id = _new_id()
         self._held.append(await self._peer.submit(base.CRASH, 1, task_id))
-        while not calls.times_made(self._peer.place.folder, task_id):
+        while not calls.times_made(self._peer.place.folder, task_id):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(_POLL)
         return {"task": task_id}
 

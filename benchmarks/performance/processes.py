@@ -1,8 +1,9 @@
-"""The processes of a run: workers and load generators, and what they have used."""
+"""The processes of a run: workers and load generators, and what they have used, by /proc."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from performance.place import Place
 
@@ -47,8 +46,9 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it as a crash would; and the processes that it has started."""
-        for child in (*psutil.Process(self.pid).children(recursive=True), self.process):
-            child.kill()
+        for pid in (*_descendants(self.pid), self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> None:
@@ -72,7 +72,7 @@ class LoadProcess:
         return self._process.pid
 
     async def start(self) -> None:
-        log = (Path(self._place.folder) / "load.log").open("ab")  # noqa: SIM115, ASYNC230 - the process keeps it
+        log = (Path(self._place.folder) / "load.log").open("ab")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -122,22 +122,36 @@ class LoadProcess:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """User and system time of a process so far, with its children's."""
+    """User and system time of a process so far, with its children's; 0 without a process."""
     if pid is None:
         return 0.0
-    process = psutil.Process(pid)
-    times = process.cpu_times()
-    total = times.user + times.system + times.children_user + times.children_system
-    for child in process.children(recursive=True):
+    total = 0
+    for one in (pid, *_descendants(pid)):
         try:
-            own = child.cpu_times()
-        except psutil.NoSuchProcess:
+            # After the name, which is in brackets: proc(5) counts from 1, and the name is the second field.
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
-        total += own.user + own.system
-    return float(total)
+        total += sum(map(int, fields[11:13]))
+        if one == pid:
+            total += sum(map(int, fields[13:15]))  # of its children that have ended
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def memory(pid: int) -> int:
     """Bytes that a process, with its children, has to itself."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return sum(process.memory_full_info().uss for process in processes)
+    total = 0
+    for one in (pid, *_descendants(pid)):
+        for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Private_"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            for child in map(int, children.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found

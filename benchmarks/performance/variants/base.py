@@ -43,7 +43,7 @@ class Peer(ABC):
     async def open(self) -> None:
         """Connect."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - few have anything to close
         """Disconnect."""
 
     @abstractmethod
