@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,9 +13,17 @@ from pathlib import Path
 from performance.conduct import QUICK, TINY, Benchmark, Sizes
 from performance.registry import VARIANTS
 from performance.report import targets, text_table
-from performance.results import QUESTIONS
+from performance.results import QUESTIONS, Results
 
 _RESULTS = Path("benchmarks/results.json")
+
+
+async def _run(benchmark: Benchmark) -> Results:
+    """Run it; a SIGTERM stops it as a Ctrl-C does, with all that it has started."""
+    running = asyncio.current_task()
+    if running is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    return await benchmark.run()
 
 
 def main() -> int:
@@ -42,7 +51,7 @@ def main() -> int:
     if path is None and not (only or options.quick or options.tiny):
         path = _RESULTS
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
-        results = asyncio.run(Benchmark(sizes, Path(folder), variants, questions).run())
+        results = asyncio.run(_run(Benchmark(sizes, Path(folder), variants, questions)))
     if path is not None:
         path.write_text(results.to_json())
     print(text_table(results))

@@ -35,7 +35,7 @@ class WorkerProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "performance.worker", place.to_json()],
             env=environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
         )
@@ -52,12 +52,15 @@ class WorkerProcess:
         self.process.wait()
 
     def stop(self) -> None:
+        """Have it stop in good order; end it if it does not."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self.kill()
         self._log.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
 
 class LoadProcess:
