@@ -5,14 +5,17 @@ Nothing in them is written by hand. In the page, a table stands between ``<!-- r
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
+from performance.conduct import Sizes
 from performance.registry import OURS
 from performance.report import number, rows, targets
 from performance.results import FIGURES, Results
@@ -62,6 +65,25 @@ def _machine(results: Results) -> str:
     )
 
 
+def _note(results: Results) -> str:
+    """What the reader must know before the figures."""
+    full = asdict(Sizes())
+    smaller = {name: value for name, value in results.sizes.items() if value != json.loads(json.dumps(full[name]))}
+    notes = []
+    if smaller:
+        sizes = ", ".join(f"{name} {value} instead of {full[name]}" for name, value in smaller.items())
+        notes.append(
+            f"**This is a run at reduced sizes, good for a look only**: {sizes}. A title below that names a size names "
+            f"the full one."
+        )
+    if results.machine["load_before"] > results.machine["cores"] / 2:
+        notes.append(
+            f"**The machine was busy with other work** (load {results.machine['load_before']} before it began, on "
+            f"{results.machine['cores']} cores): the figures are worse than they would be, and noisy."
+        )
+    return "\n\n".join(notes) + "\n" if notes else "A full run, on a machine that did nothing else.\n"
+
+
 def _durability(results: Results) -> str:
     return markdown([["", "what is durable"], *([v["title"], v["durability"]] for v in results.variants.values())])
 
@@ -83,6 +105,7 @@ def _limits(results: Results) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "note": _note,
     "machine": _machine,
     "durability": _durability,
     "targets": lambda results: markdown(targets(results)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from dbos import DBOS, DBOSClient
@@ -70,21 +71,20 @@ async def crash(n: int) -> str:
     return await hang_step(DBOS.workflow_id or "")
 
 
+def _ready(place: Place) -> Path:
+    return Path(place.folder) / "ready"
+
+
 class DBOSPeer(base.Peer):
     kinds = (base.CALL, base.CHAIN, base.FAN, base.HOLD, base.SLEEP, base.CRASH)
 
     async def open(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT
-        while True:  # until the worker has made the tables
-            try:
-                self._client = DBOSClient(system_database_url=self.place.address)
-                await self._client.list_workflows_async(limit=1)
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.5)
-            else:
-                return
+        while not _ready(self.place).exists():  # the worker makes the tables
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"its worker is not ready after {_START_TIMEOUT} s")
+            await asyncio.sleep(0.1)
+        self._client = DBOSClient(system_database_url=self.place.address)
 
     async def close(self) -> None:
         self._client.destroy()
@@ -117,6 +117,7 @@ async def work(place: Place) -> None:
     )
     DBOS.launch()
     await DBOS.register_queue_async(place.queue, worker_concurrency=place.slots, polling_interval_sec=_POLLING)
+    _ready(place).touch()
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     await stopping.wait()
