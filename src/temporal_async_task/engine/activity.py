@@ -346,7 +346,7 @@ class _Attempt:
         What is offered to a worker that is frozen or cut off, the server counts as lost after a while, and offers
         again. When the worker is back it gets all of that, late, and would make the same call once for each.
         """
-        answer = asyncio.create_task(self._writer.checkpoint())
+        answer = asyncio.wrap_future(self.checkpoint())
         await asyncio.wait((answer, writing), return_when=asyncio.FIRST_COMPLETED)
         answer.cancel()
         return not writing.done()
