@@ -77,7 +77,7 @@ def test_a_set_has_the_same_digest_in_processes_that_iterate_over_it_differently
         (Inner(tags={"a"}, inOrder=["a", "b"]), Inner(tags={"a"}, inOrder=["b", "a"])),
         (Inner(tags={"a"}, inOrder=[]), Inner(tags={"b"}, inOrder=[])),
     ],
-    ids=str,
+    ids=["sets", "lists", "lists in objects", "sets in lists", "lists in models", "sets in models"],
 )
 def test_other_params_have_another_digest(one, other):
     assert digest_of(one) != digest_of(other)

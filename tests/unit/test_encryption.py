@@ -138,6 +138,7 @@ async def test_the_environment_holds_the_keys_and_the_first_encrypts(monkeypatch
         (f"a:{KEYS['new']} a:{KEYS['old']}", "names the key 'a' twice"),
         ("a:short", "The key 'a' (is not base64|has 3 bytes)"),
     ],
+    ids=["not set", "no colon", "twice", "no key"],  # the keys are made anew by each process
 )
 def test_an_environment_that_cannot_be_used_is_refused_without_showing_a_key(text, says):
     with pytest.raises(ConfigError, match=says) as refused:
