@@ -313,6 +313,10 @@ async def test_attempts_and_the_first_start_are_told_over_all_attempts(app: App)
 # How it is asked for --------------------------------------------------------------------------------------
 
 
+WAITED = {
+    "workflow": {"GetWorkflowExecutionHistory"},
+    "activity": {"DescribeActivityExecution", "PollActivityExecution"},
+}
 DESCRIBE = {"workflow": "DescribeWorkflowExecution", "activity": "DescribeActivityExecution"}
 
 
@@ -345,6 +349,19 @@ async def test_the_status_of_a_run_that_goes_on_is_one_call_to_the_server(app: A
     assert meter.calls() == [DESCRIBE[app.execution]]
     assert run.status is (TaskStatus.PENDING if state == "pending" else TaskStatus.PROCESSING)
     assert run.completed_steps == (("generate",) if state == "in backoff" else ())
+
+
+async def test_the_result_of_a_run_that_was_submitted_here_is_waited_for_and_not_asked_for(app: App, meter: Meter):
+    @async_task
+    async def shoot() -> str:
+        return "shot"
+
+    await app.start(shoot)
+    await attach(meter, app, shoot)
+    task_id = await shoot.submit()
+    meter.calls()
+    assert await shoot.result(task_id) == "shot"
+    assert set(meter.calls()) == WAITED[app.execution]
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])

@@ -19,7 +19,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.describe import completed, failed, failure_of, running
+from temporal_async_task.engine.describe import completed, failed, failure_of, result_of, running
 from temporal_async_task.engine.digest import digest
 from temporal_async_task.engine.journal import ErrorInfo, Journal
 from temporal_async_task.engine.resume import find_remains
@@ -119,7 +119,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
-        """The status after the end of the run, however long that takes."""
+        """Of a run that has ended, however long that takes, how: status, result and error."""
 
     @abstractmethod
     def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
@@ -177,8 +177,15 @@ class Backend(ABC):
             ) from None
 
 
+_REMEMBERED = 10_000  # submitted runs, which ``wait`` need not ask about
+
+
 class WorkflowBackend(Backend):
     """Tasks carried by the generic workflow."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
+        self._submitted: dict[str, str] = {}  # what was submitted here lately: workflow types by task id
 
     async def start(
         self,
@@ -211,6 +218,9 @@ class WorkflowBackend(Backend):
             await self._check_same(task, task_id, encoded.fingerprint)
         except RPCError as error:
             raise translated(error, self._client) from error
+        self._submitted[task_id] = task.workflow_type
+        if len(self._submitted) > _REMEMBERED:
+            del self._submitted[next(iter(self._submitted))]
 
     async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
         info = (await self._describe(task_id)).workflow_execution_info
@@ -231,15 +241,20 @@ class WorkflowBackend(Backend):
         return await self._ended(task, task_id, found, values)
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
-        await self._found(task, task_id)
+        if self._submitted.get(task_id) != task.workflow_type:  # else it need not be asked whose run it is
+            await self._found(task, task_id)
         handle = self._client.get_workflow_handle(task_id, result_type=RawValue)
+        values = self._values(task_id)
         try:
-            await handle.result()
-        except WorkflowFailureError:
-            pass
+            result = (await handle.result()).payload
+        except WorkflowFailureError:  # it may have been resumed since
+            return await self._ended(task, task_id, await self._found(task, task_id), values)
         except RPCError as error:
+            if error.status == RPCStatusCode.NOT_FOUND:
+                raise unknown_anywhere(task_id) from None
             raise translated(error, self._client) from error
-        return await self._ended(task, task_id, await self._found(task, task_id), self._values(task_id))
+        outcome = await result_of(result, values, task.result_type)
+        return TaskResult(task_id=task_id, status=TaskStatus.COMPLETED, **outcome)
 
     async def _result_so_far(self, info: WorkflowExecutionInfo) -> Payload | None:
         """What the activity returned, of a run whose workflow has not taken it yet."""

@@ -114,12 +114,16 @@ async def completed(
 ) -> TaskResult[Any]:
     """A run that ended with a result."""
     journal = await _journal(_header_of(result), values)
-    outcome: dict[str, Any]
-    try:
-        outcome = {"result": await values.from_payload(result, result_type)}
-    except (ResultError, StorageError) as error:  # the code's annotation has changed since; the object is not there
-        outcome = {"error": str(error), "error_type": type(error).__name__}
+    outcome = await result_of(result, values, result_type)
     return _picture(task_id, TaskStatus.COMPLETED, info, journal, completed_at=_time(info.close_time), **outcome)
+
+
+async def result_of(result: Payload, values: PayloadValues, result_type: Any) -> dict[str, Any]:
+    """The fields of a ``TaskResult`` that say what a run returned."""
+    try:
+        return {"result": await values.from_payload(result, result_type)}
+    except (ResultError, StorageError) as error:  # the code's annotation has changed since; the object is not there
+        return {"error": str(error), "error_type": type(error).__name__}
 
 
 async def failed(
