@@ -265,7 +265,11 @@ def work(tasks: Iterable[TemporalAsyncTask[Any, Any]]) -> None:
     """What a worker process does: run the tasks until it is told to stop."""
     grace = float(os.environ.get("GRACE", "30"))
     slots = int(os.environ.get("SLOTS", "200"))
-    config = AsyncTaskComponentConfig.load(graceful_shutdown_timeout=grace, max_concurrent_tasks=slots)
+    config = AsyncTaskComponentConfig.load(
+        graceful_shutdown_timeout=grace,
+        max_concurrent_tasks=slots,
+        event_loop_per_run="LOOP_PER_RUN" in os.environ,
+    )
     component = AsyncTaskComponent(config)
     component.register_all(tasks)
     asyncio.run(component.run())
