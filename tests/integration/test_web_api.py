@@ -383,7 +383,7 @@ async def test_a_result_that_is_not_json_says_so(app: App, client: httpx.AsyncCl
 def fuzz_command(address: str, folder: Path) -> list[str]:
     return [
         str(Path(sys.executable).with_name("schemathesis")), "run", f"{address}/openapi.json",
-        "--phases", "examples,coverage,fuzzing", "--max-examples", "10", "--seed", "1", "--no-shrink", "--workers", "2",
+        "--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--no-shrink", "--workers", "2",
         "--generation-database", "none", "--report-dir", str(folder), "--continue-on-failure",
     ]  # fmt: skip
 
@@ -396,7 +396,10 @@ async def test_whatever_the_document_allows_or_forbids_gets_an_answer_that_it_de
     await app.start(*kinds)
     async with web.serving(application(kinds)) as address:
         process = await asyncio.create_subprocess_exec(
-            *fuzz_command(address, tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            *fuzz_command(address, tmp_path),
+            cwd=tmp_path,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
         output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()[-8000:]

@@ -56,12 +56,11 @@ class Visit:
         page.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
 
-    async def submit(self, task: str, params: Any = None) -> None:
+    async def submit(self, task: str, params: Any, *, picture: str = "") -> None:
         await self.page.get_by_role("button", name="New run").click()
         await self.page.locator("#submit-task").select_option(task)
-        if params is not None:
-            await self.page.locator("#params").fill(json.dumps(params, indent=2))
-        await self.picture("submit")
+        await self.page.locator("#params").fill(json.dumps(params, indent=2))
+        await self.picture(picture)
         await self.page.get_by_role("button", name="Submit").click()
         await expect(self.page.locator("dialog")).to_be_hidden(timeout=PATIENCE)
 
@@ -76,7 +75,7 @@ class Visit:
         await self.page.locator("#run").get_by_role("button", name=name).click()
 
     async def picture(self, name: str) -> None:
-        if IMAGES:
+        if IMAGES and name:
             await self.page.screenshot(path=Path(IMAGES) / f"page-{name}.png")
 
 
@@ -107,7 +106,7 @@ async def visit(app: App, tasks: list[Any], browser: Browser) -> AsyncIterator[V
 
 
 async def test_a_run_is_submitted_and_its_steps_are_seen_as_they_go(visit: Visit):
-    await visit.submit("product_shot", {"prompt": "cup"})
+    await visit.submit("product_shot", {"prompt": "cup", "size": 512}, picture="submit")
     await visit.stands("processing")
     await visit.shows("generate", "Rendering cup")
     await expect(visit.page.locator(".steps li.running")).to_contain_text("generate", timeout=PATIENCE)
