@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -139,6 +140,8 @@ class Running:
                 stdout=out,
                 stderr=err,
                 process_group=0,
+                # A shell has its background jobs ignore Ctrl-C, and these tests may run in one.
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
 
     @property

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import signal
 from collections import Counter, defaultdict
 
 import pytest
@@ -54,7 +55,8 @@ async def test_runs_in_flight_finish_while_workers_of_both_versions_are_at_work(
         await asyncio.sleep(chance.uniform(0.5, 2))
         leaver = workers.pop(chance.randrange(len(workers)))
         leaver.terminate()
-        assert await leaver.exit_status(timeout=15) == 0, leaver.errors()
+        # On a busy machine it may be told so before Python has begun to listen to signals.
+        assert await leaver.exit_status(timeout=15) in {0, -signal.SIGTERM}, leaver.errors()
         workers.append(worker)
     versions[start_worker(__file__, app, VERSION="new", SLOTS=slots).pid] = "new"
     runs = [await status_when(album, task_id, ended, timeout=120) for task_id in ids]

