@@ -158,7 +158,9 @@ async def test_a_thousand_listeners_to_ten_runs_cost_a_look_a_second_each_and_le
     finally:
         tracemalloc.stop()
     assert [one for one in gc.get_objects() if isinstance(one, _events.Watch | _events.EventStream)] == []
-    assert after - before < 300_000, f"{peak=}"  # of three thousand listeners, each of which takes some 20,000
+    # A thousand listeners take some 20 MB while they listen. What is left of three thousand is what the process needs
+    # for other things that went on meanwhile.
+    assert after - before < peak / 10, f"{before=} {after=} {peak=}"
 
 
 async def test_who_leaves_and_comes_back_within_a_second_costs_no_further_look(app: App, meter: Meter):
