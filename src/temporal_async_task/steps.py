@@ -103,8 +103,13 @@ class StepInfo:
     key: str
     attempt: int
     """Which call this is, from 1. A call that was lost with its worker is made again under the same number."""
-    idempotency_key: str
-    """Stable over retries, workers and resumes, and different for every step and run (a UUID)."""
+    _origin: str = field(repr=False)
+    _name: str = field(repr=False)
+
+    @property
+    def idempotency_key(self) -> str:
+        """Stable over retries, workers and resumes, and different for every step and run (a UUID)."""
+        return idempotency_key(self._origin, self._name)
 
 
 @runtime_checkable

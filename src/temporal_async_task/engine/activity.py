@@ -29,6 +29,7 @@ from temporal_async_task.engine import wire
 from temporal_async_task.engine.body import bind_body, is_sync
 from temporal_async_task.engine.execution import execution_of
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
+from temporal_async_task.engine.mailbox import Mailbox
 from temporal_async_task.engine.outcome import (
     UNREADABLE_DELAY,
     Cancelled,
@@ -63,7 +64,7 @@ _SOON = timedelta(milliseconds=1)  # zero would be dropped, and the policy's del
 
 
 class AttemptActivity:
-    """The activity of one worker process; knows the attempts that run in it."""
+    """The activity of one worker process; knows the attempts that run in it. Made on the SDK's event loop."""
 
     def __init__(
         self,
@@ -78,6 +79,8 @@ class AttemptActivity:
         self.converter = converter
         self.user_loops = user_loops
         self.threads = threads
+        self.loop = asyncio.get_running_loop()
+        self.mailbox = Mailbox(self.loop, self.loop.call_soon_threadsafe)
         self._running: set[_Attempt] = set()
         self._least_age: float | None = None
         self._draining = False
@@ -165,8 +168,8 @@ class _Attempt:
         self._details: list[Payload] = [value.payload for value in details]
         values = [value.payload.SerializeToString() for value in args[4:]]
         self.task_id = self._execution.task_id
-        self._main_loop = asyncio.get_running_loop()
-        self._values = PayloadValues(owner.converter, info.namespace, self.task_id, self._main_loop)
+        self._mailbox = owner.mailbox
+        self._values = PayloadValues(owner.converter, info.namespace, self.task_id, owner.loop)
         self._events = NamedEvents(self._values, dict(zip(self._input.events, values, strict=True)))
         self._lost = 0
         self._user_loop: UserLoop | None = None
@@ -225,11 +228,11 @@ class _Attempt:
     def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
         done = _kept_from_users(Future[T]())
         with contextlib.suppress(RuntimeError):  # the process is at its end, and nothing can be saved any more
-            self._main_loop.call_soon_threadsafe(self._begin_apart, done, work, args)
+            self._mailbox.post(self._begin_apart, done, work, args)
         return done
 
     def _begin_apart(self, done: Future[T], work: Callable[..., Coroutine[Any, Any, T]], args: Sequence[Any]) -> None:
-        task = self._main_loop.create_task(work(*args))
+        task = self._owner.loop.create_task(work(*args))
         self._apart.add(task)
         task.add_done_callback(self._apart.discard)
         task.add_done_callback(functools.partial(_pass_on, done))
@@ -237,7 +240,7 @@ class _Attempt:
     def checkpoint(self) -> Future[None]:
         saved = _kept_from_users(Future[None]())
         with contextlib.suppress(RuntimeError):  # as above
-            self._main_loop.call_soon_threadsafe(self._writer.checkpoint, saved)
+            self._mailbox.post(self._writer.checkpoint, saved)
         return saved
 
     async def find_event(self, key: str) -> bytes | None:
@@ -248,7 +251,7 @@ class _Attempt:
         return None if found is None else found.SerializeToString()
 
     def note(self) -> None:
-        self._main_loop.call_soon_threadsafe(self._writer.note)
+        self._mailbox.post(self._writer.note)
 
     # The attempt
 

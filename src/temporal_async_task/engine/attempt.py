@@ -53,7 +53,7 @@ from temporal_async_task.errors import (
     TaskTimeoutError,
 )
 from temporal_async_task.retry import decide
-from temporal_async_task.steps import RunInfo, StepInfo, idempotency_key, runner_var
+from temporal_async_task.steps import RunInfo, StepInfo, runner_var
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
@@ -568,7 +568,7 @@ class Attempt:
         return await result if inspect.isawaitable(result) else result
 
     def _step_info(self, key: str, record: StepRecord) -> StepInfo:
-        return StepInfo(key, record.failures + 1, idempotency_key(self.settings.origin, record.key))
+        return StepInfo(key, record.failures + 1, self.settings.origin, record.key)
 
 
 def is_async(call: Callable[..., Any]) -> bool:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from temporalio import activity
 
+from temporal_async_task.engine.mailbox import WokenOnceEventLoop
 from temporal_async_task.engine.unwind import doing, prepare
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class UserLoop:
     """An event loop in a daemon thread: code that does not come back cannot hold the process at its exit."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = WokenOnceEventLoop()
         prepare(self._loop)
         self._thread = threading.Thread(target=self._run, name=f"async-task-loop-{next(_numbers)}", daemon=True)
         self._beat = time.monotonic()
