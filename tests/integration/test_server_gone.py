@@ -92,6 +92,7 @@ async def test_a_start_without_a_server_fails_like_a_connect_and_may_be_tried_ag
         await component.start()
 
 
+@pytest.mark.slow
 async def test_an_address_that_does_not_answer_is_given_up_after_ten_seconds(attempts: Attempts):
     error, seconds = await attempts.outcome("connect to silence")
     assert isinstance(error, ServerUnavailableError)

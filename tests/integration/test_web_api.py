@@ -388,6 +388,7 @@ def fuzz_command(address: str, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_whatever_the_document_allows_or_forbids_gets_an_answer_that_it_describes(
     app: App, tasks: list[Any], tmp_path: Path
 ):

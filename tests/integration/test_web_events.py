@@ -123,6 +123,7 @@ def scope(path: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_a_thousand_listeners_to_ten_runs_cost_a_look_a_second_each_and_leave_nothing(app: App, meter: Meter):
     tasks = web.picture_tasks()
     with meter.attached():

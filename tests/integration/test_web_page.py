@@ -19,6 +19,8 @@ from support import App, status_when
 from temporal_async_task import TaskStatus
 from temporal_async_task.integrations.fastapi import create_task_router
 
+pytestmark = pytest.mark.services
+
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
