@@ -57,16 +57,16 @@ class CallEvent(IntegrationEventMixin, Base):
 
 
 def make_engine(url: str, **options: Any) -> AsyncEngine:
-    engine = create_async_engine(url, **options)
-    if engine.dialect.name == "sqlite":
+    if not url.startswith("sqlite"):
+        return create_async_engine(url, **options)
+    engine = create_async_engine(url, **({"connect_args": {"timeout": 20}} | options))
 
-        @event.listens_for(engine.sync_engine, "connect")
-        def configure(connection: Any, _: Any) -> None:
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA journal_mode=WAL")
-            cursor.execute("PRAGMA synchronous=NORMAL")
-            cursor.execute("PRAGMA busy_timeout=20000")
-            cursor.close()
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.close()
 
     return engine
 

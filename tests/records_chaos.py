@@ -1,6 +1,7 @@
 """Records of an application whose processes and Temporal server are killed at random: what is left in the end.
 
-``python tests/records_chaos.py 200 [sqlite|postgresql]`` runs it in full and prints what was seen.
+In full: ``python tests/records_chaos.py sqlite|postgresql [seed]``. It prints what was seen, and ends with 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -29,6 +32,8 @@ from temporal_async_task.devserver import DevServer
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
 from temporal_async_task.integrations.sqlalchemy.mixins import state_of
 
+_DATABASE_ERROR = re.compile(r"^(?:sqlalchemy\.exc\.|sqlite3\.|asyncpg\.exceptions\.)\w+: .*", re.MULTILINE)
+
 
 @dataclass
 class Seen:
@@ -37,6 +42,8 @@ class Seen:
     calls: int
     seconds: float = 0.0
     kills: Counter[str] = field(default_factory=Counter)
+    waiting: Counter[str] = field(default_factory=Counter)
+    """What the records that were created during the outage were at its end."""
     statuses: Counter[str] = field(default_factory=Counter)
     attempts: Counter[int] = field(default_factory=Counter)
     runs: int = 0
@@ -47,6 +54,20 @@ class Seen:
     """How many records had so many generations (different idempotency keys) at the vendor."""
     repeated_calls: int = 0
     """Calls in flight when their worker was killed, made again with the same idempotency key."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Errors of the database, in what the processes have logged."""
+
+    def faults(self) -> list[str]:
+        """What should not have been seen."""
+        expected = {
+            "statuses": (self.statuses, {"completed": self.calls}),
+            "waiting": (self.waiting, {"pending": self.calls // 4}),
+            "runs": (self.runs, self.calls),
+            "generations": (self.generations, {1: self.calls}),
+            "wrong": (self.wrong, []),
+            "errors": (self.errors, {}),
+        }
+        return [f"{name}: {seen!r}" for name, (seen, right) in expected.items() if seen != right]
 
 
 class Chaos:
@@ -61,8 +82,11 @@ class Chaos:
         self._port = _free_port()
         self._processes: dict[str, RecordsProcess] = {}
 
-    async def run(self, calls: int, *, kills: int, patience: float) -> Seen:
-        """Create records while everything is killed in turn; then wait for the last to end."""
+    async def run(self, calls: int, *, kills: int, outage: float, patience: float) -> Seen:
+        """Create records while everything is killed in turn; then wait for the last to end.
+
+        The last quarter of them is created while the Temporal server is down, for ``outage`` seconds.
+        """
         seen = Seen(calls)
         began = time.monotonic()
         engine = make_engine(self._url, poolclass=NullPool)
@@ -84,18 +108,19 @@ class Chaos:
                 self._processes[name] = RecordsProcess(role, env, self._folder / f"{name}.log")
                 self._processes[name].start()
             try:
-                creating = asyncio.create_task(self._create(calls))
+                late = calls // 4
+                creating = asyncio.create_task(self._create(range(calls - late)))
                 for _ in range(kills):
                     await asyncio.sleep(self._random.uniform(0.3, 1.2))
                     await self._kill_one(seen)
                 await creating
+                await self._go_down(sessions, range(calls - late, calls), outage, seen)
                 deadline = time.monotonic() + patience
                 while time.monotonic() < deadline:
                     for process in self._processes.values():
                         process.revive()
-                    async with sessions() as session:
-                        found = (await session.scalars(select(Call.status))).all()
-                    if len(found) == calls and set(found) <= {"completed"}:
+                    found = await self._statuses(sessions, range(calls))
+                    if found == {"completed": calls}:
                         break
                     await asyncio.sleep(0.2)
                 seen.seconds = time.monotonic() - began
@@ -106,10 +131,23 @@ class Chaos:
         await engine.dispose()
         return seen
 
-    async def _create(self, calls: int) -> None:
+    async def _go_down(self, sessions: async_sessionmaker, late: range, outage: float, seen: Seen) -> None:
+        self._server.kill()
+        back_at = time.monotonic() + outage
+        await self._create(late)
+        await asyncio.sleep(max(0.0, back_at - time.monotonic()))
+        seen.waiting = await self._statuses(sessions, late)
+        await self._server.start()
+
+    async def _statuses(self, sessions: async_sessionmaker, numbers: range) -> Counter[str]:
+        async with sessions() as session:
+            query = select(Call.status).where(Call.id.in_([f"c{number}" for number in numbers]))
+            return Counter(await session.scalars(query))
+
+    async def _create(self, numbers: range) -> None:
         """As a client that goes on until it gets an answer: the id is its own."""
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=10) as client:
-            for number in range(calls):
+            for number in numbers:
                 while True:
                     with contextlib.suppress(httpx.HTTPError):
                         if (await client.put(f"/calls/c{number}")).status_code == 200:
@@ -164,6 +202,8 @@ class Chaos:
             keys = vendor.pop(call.prompt, [])
             seen.generations[len(set(keys))] += 1
             seen.repeated_calls += len(keys) - len(set(keys))
+        for log in self._folder.glob("*.log"):
+            seen.errors.update(_DATABASE_ERROR.findall(log.read_text(errors="replace")))
         seen.wrong += [f"an event of nobody: {one}" for one in events] + [f"a call for nobody: {one}" for one in vendor]
 
 
@@ -173,15 +213,17 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-async def _main(calls: int, kind: str) -> None:
-    seed = int(time.time())
+async def _main(kind: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         url = f"sqlite+aiosqlite:///{folder}/records.db"
         if kind == "postgresql":
             url = stack.enter_context(PrivatePostgres()).create("records")
-        seen = await Chaos(Path(folder), url, seed).run(calls, kills=40, patience=180)
+        seen = await Chaos(Path(folder), url, seed).run(200, kills=40, outage=60, patience=300)
+        if seen.faults():
+            shutil.copytree(folder, f"records-chaos-{kind}-{seed}")
     print(kind, seed, seen)  # noqa: T201
+    sys.exit("\n".join(seen.faults()) or None)
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "sqlite"))
+    asyncio.run(_main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())))

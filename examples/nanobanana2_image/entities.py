@@ -1,11 +1,13 @@
 """The records: what is asked for, and what has become of it. Business code writes an ``APICall`` and reads it."""
 
+import asyncio
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, String, event
+from sqlalchemy import JSON, String, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -42,22 +44,28 @@ class IntegrationEvent(IntegrationEventMixin, Base):
 
 def create_engine(url: str) -> AsyncEngine:
     """An engine for ``sqlite+aiosqlite:///file`` or ``postgresql+asyncpg://...``. Connects when it is used."""
-    engine = create_async_engine(url)
-    if engine.dialect.name == "sqlite":
-        if engine.url.database:
-            Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-
-        @event.listens_for(engine.sync_engine, "connect")
-        def configure(connection: Any, _: Any) -> None:
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not wait for each other
-            cursor.execute("PRAGMA busy_timeout=20000")  # milliseconds
-            cursor.close()
-
-    return engine
+    address = make_url(url)
+    if address.get_backend_name() != "sqlite":
+        return create_async_engine(address)
+    if address.database:
+        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+    # Seconds to wait for locks: one process writes at a time. Given here it holds from a connection's first moment on,
+    # in which the file may be locked as well; a PRAGMA would come too late.
+    return create_async_engine(address, connect_args={"timeout": 20})
 
 
 async def create_tables(engine: AsyncEngine) -> None:
     """Make what is missing. An application that lives on uses migrations (Alembic)."""
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    for pause in (0.2, 1.0, 5.0, None):
+        try:
+            async with engine.connect() as connection:
+                if engine.dialect.name == "sqlite":  # the file keeps it: readers and the writer are not in each
+                    await connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # other's way
+            async with engine.begin() as connection:
+                await connection.run_sync(Base.metadata.create_all)
+        except DBAPIError:  # two web processes may start at once, and make the same
+            if pause is None:
+                raise
+            await asyncio.sleep(pause)
+        else:
+            return

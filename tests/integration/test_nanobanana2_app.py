@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import socket
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from PIL import Image
+from sqlalchemy import event, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from ark import serving, serving_stub
 from nanobanana2_image import stub_pictures
 from nanobanana2_image.app import create_app
-from nanobanana2_image.entities import APICall
+from nanobanana2_image.entities import APICall, create_engine, create_tables
 from nanobanana2_image.integration import create_integration
 from nanobanana2_image.pictures import read_picture
 from nanobanana2_image.settings import Settings
@@ -293,3 +297,27 @@ def test_all_columns_that_the_application_reads_are_the_records(refusing: httpx.
     names = {"id", "status", "started_at", "attempts", "external_id", "request_params", "response"}
     assert names <= set(APICall.__table__.columns.keys())
     assert names <= set(refusing.get("/api/calls").json()[0])
+
+
+async def test_web_processes_that_start_at_once_on_an_empty_database_all_find_their_tables(database_url: str):
+    engines = [create_engine(database_url) for _ in range(6)]
+    await asyncio.gather(*(create_tables(engine) for engine in engines))
+    for engine in engines:
+        async with AsyncSession(engine) as session:
+            assert (await session.scalars(select(APICall))).all() == []
+        await engine.dispose()
+
+
+async def test_a_web_process_starts_while_another_makes_the_same_tables(tmp_path: Path):
+    """It would be told so at once, and not after a timeout: a file that is written to is not brought to WAL."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        engine = create_engine(f"sqlite+aiosqlite:///{tmp_path / 'app.db'}")
+        refused = asyncio.Event()
+        event.listen(engine.sync_engine, "handle_error", lambda _: refused.set())
+        making = asyncio.create_task(create_tables(engine))
+        await asyncio.wait_for(refused.wait(), 10)
+        other.execute("COMMIT")
+        await making
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        await engine.dispose()

@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from asyncpg.exceptions import CannotConnectNowError
 from fastapi import FastAPI
-from sqlalchemy import ForeignKey, create_engine, insert, select, text
+from sqlalchemy import ForeignKey, create_engine, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -47,7 +48,7 @@ from temporal_async_task.integrations.sqlalchemy import (
 )
 from temporal_async_task.integrations.sqlalchemy.mixins import state_of
 from temporal_async_task.integrations.sqlalchemy.sessions import Database
-from temporal_async_task.integrations.sqlalchemy.store import TO_START, RecordStore
+from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, TO_START, RecordStore
 
 NO_RETRY = RetryPolicy(max_retries=0)
 
@@ -551,6 +552,46 @@ async def test_many_that_claim_at_once_keep_the_limit_together(records: Records,
     assert len(await store.claim(TO_START, 10, lease, max_waiting=26)) == 1
 
 
+def report_before_reading(
+    store: RecordStore, report: Report, monkeypatch: pytest.MonkeyPatch, records: Records
+) -> None:
+    """Have a report arrive when a record was claimed, and was not read yet."""
+    read, receiver = store.database.read, records.store(store.records)
+
+    async def after_the_report(work: Callable[[Any], Any]) -> Any:
+        await receiver.apply(report)
+        return await read(work)
+
+    monkeypatch.setattr(store.database, "read", after_the_report)
+
+
+async def test_a_record_that_was_begun_between_claim_and_submit_is_left_alone(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+):
+    """It had been submitted by a dispatcher that was killed before it could write so."""
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(1, task_id="t1")
+    await records.add(2)
+    begun = Report(task="draw", task_id="t1", generation=1, events=events(PROCESSING))
+    report_before_reading(store, begun, monkeypatch, records)
+    assert [claim.key for claim in await store.claim(TO_START, 5, timedelta(seconds=60))] == [2]
+    assert await records.told() == ["queued", "processing"]
+
+
+async def test_a_record_that_failed_for_good_between_claim_and_question_is_not_tried_again(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+):
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(1, task_id="t1")
+    await store.apply(Report(task="draw", task_id="t1", generation=1, events=events(PROCESSING)))
+    async with records.sessions.begin() as session:
+        (await session.get_one(Call, 1)).due_at = utc_now()
+    failed = Report(task="draw", task_id="t1", generation=1, events=events(PROCESSING, BROKEN))
+    report_before_reading(store, failed, monkeypatch, records)
+    assert await store.claim(TO_CHECK, 5, timedelta(seconds=60)) == []
+    assert (await records.get()).due_at is None
+
+
 async def test_a_record_that_takes_its_dispatcher_down_each_time_is_given_up(records: Records, vendor: Vendor):
     component = records.app.component()
     integration = records.integration(component, records.mapping(vendor.task()))
@@ -718,6 +759,19 @@ async def test_a_database_that_is_away_is_told_without_details(records: Records,
     web = WebProcess(records, vendor)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.drop_all)
+    assert code(await web.report(PROCESSING)) == (503, "unavailable")
+
+
+async def test_a_database_that_takes_no_connections_is_told_without_details(
+    records: Records, vendor: Vendor, engine: AsyncEngine
+):
+    """SQLAlchemy hands on what a driver raises when it connects, as "the database system is starting up"."""
+    web = WebProcess(records, vendor)
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def refuse(*_: Any) -> None:
+        raise CannotConnectNowError("the database system is starting up")
+
     assert code(await web.report(PROCESSING)) == (503, "unavailable")
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import SQLAlchemyError
 
 from temporal_async_task.errors import ReportRefusedError, SignatureError
 from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, TOLERANCE, Secret, check_secret, verify
@@ -66,7 +65,7 @@ def create_report_router(
             return _problem(HTTPStatus.UNAUTHORIZED, error.code, error.detail)
         except ReportRefusedError as error:
             return _problem(_STATUS[error.code], error.code, error.detail)
-        except (SQLAlchemyError, OSError):
+        except Exception:  # SQLAlchemy's, and what a driver raises when it connects, which is handed on as it is
             logger.exception("A report could not be applied; it will be sent again")
             return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "unavailable", "The database does not answer. Try again.")
         return JSONResponse({"applied": applied})

@@ -107,7 +107,7 @@ class RecordStore:
         if not keys:
             return []
         with_params = RecordStatus.PENDING in statuses
-        return await self.database.read(lambda session: self._claimed(session, keys, with_params=with_params))
+        return await self.database.read(lambda session: self._claimed(session, keys, statuses, with_params=with_params))
 
     def _claim(
         self,
@@ -173,12 +173,16 @@ class RecordStore:
         mapper: Mapper[Any] = inspect(self.records.record)
         return str(mapper.local_table)
 
-    def _claimed(self, session: Session, keys: Sequence[Any], *, with_params: bool) -> list[Claim]:
+    def _claimed(
+        self, session: Session, keys: Sequence[Any], statuses: Collection[RecordStatus], *, with_params: bool
+    ) -> list[Claim]:
         claims: list[Claim] = []
         # One class of records may run several tasks: another's run must not be looked for among this one's.
         ours = (self.records.key.in_(keys), *self.records.criteria())
         query = select(self.records.record).where(*ours).order_by(self.records.key)
         for record in session.scalars(query).all():
+            if record.status not in statuses:
+                continue  # a report has come since it was claimed: there is nothing to be done about it any more
             claim = Claim(
                 key=getattr(record, self.records.key.key),
                 task_id=record.task_id,
@@ -283,7 +287,9 @@ class RecordStore:
 
     async def find(self, key: Any) -> Claim | None:
         """A record as it stands, claimed by nobody."""
-        found = await self.database.read(lambda session: self._claimed(session, [key], with_params=False))
+        found = await self.database.read(
+            lambda session: self._claimed(session, [key], tuple(RecordStatus), with_params=False)
+        )
         return found[0] if found else None
 
     def _locked(self, session: Session, criterion: Any) -> Sequence[Any]:
