@@ -11,7 +11,6 @@ import contextlib
 import random
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.pool import NullPool
 
 from postgres import PrivatePostgres
-from records_app import Base, Call, CallEvent, RecordsProcess, drawing, make_engine
+from records_app import Base, Call, CallEvent, RecordsProcess, drawing, free_port, make_engine
 from support import CallLog
 from temporal_async_task import AsyncTaskComponent, AsyncTaskComponentConfig, TaskStatus
 from temporal_async_task.devserver import DevServer
@@ -79,7 +78,7 @@ class Chaos:
         self._url = url
         self._server = DevServer(db_path=folder / "temporal.db")
         self._log = CallLog(folder / "calls.log")
-        self._port = _free_port()
+        self._port = free_port()
         self._processes: dict[str, RecordsProcess] = {}
 
     async def run(self, calls: int, *, kills: int, outage: float, patience: float) -> Seen:
@@ -205,12 +204,6 @@ class Chaos:
         for log in self._folder.glob("*.log"):
             seen.errors.update(_DATABASE_ERROR.findall(log.read_text(errors="replace")))
         seen.wrong += [f"an event of nobody: {one}" for one in events] + [f"a call for nobody: {one}" for one in vendor]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 async def _main(kind: str, seed: int) -> None:

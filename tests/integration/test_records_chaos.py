@@ -14,6 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from records_app import Base, Call, CallEvent, RecordsProcess, drawing, make_engine
 from records_chaos import Chaos
+from records_flood import flood
 from support import App, CallLog, wait_until
 from temporal_async_task.devserver import DevServer
 
@@ -62,3 +63,13 @@ async def test_many_dispatchers_in_processes_of_their_own_start_each_record_once
     for task_id in ids:
         assert (await task.get_status(task_id)).task_id == task_id
     await engine.dispose()
+
+
+async def test_a_flood_of_records_waits_in_the_database_and_ends_with_one_slow_worker(
+    database_url: str, server: DevServer, tmp_path: Path
+):
+    """In full (5,000 records, a limit of 200): ``python tests/records_flood.py sqlite``."""
+    seen = await flood(120, database_url, server.address, tmp_path, max_backlog=20, slots=4, patience=120)
+    assert seen.statuses == {"completed": 120}, seen
+    assert 10 < seen.most_queued <= 20
+    assert seen.most_in_queue <= 20
