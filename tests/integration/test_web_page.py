@@ -38,7 +38,7 @@ def user(credentials: Annotated[HTTPBasicCredentials, Depends(LOGIN)]) -> str:
     return credentials.username
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def browser() -> AsyncIterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "The tests of the page need Chromium: apt-get install chromium"

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 Pytest = Callable[..., str]
 
+OTHERS = [option for name in ("schemathesis", "hypothesispytest", "xdist", "anyio") for option in ("-p", f"no:{name}")]
+"""Plugins that are installed for other tests: not to be loaded is quicker."""
 WITHOUT_ASYNCIO = ("-p", "no:asyncio")
 WITH_ASYNCIO = ("-o", "asyncio_default_fixture_loop_scope=function")  # unset, it warns
 
@@ -35,7 +37,7 @@ def project(tmp_path: Path) -> Pytest:
         (folder / "test_project.py").write_text(textwrap.dedent(tests))
         (folder / "conftest.py").write_text(textwrap.dedent(conftest))
         paths = [str(ROOT / "src"), str(installed.parent)]
-        command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *plugins]
+        command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *OTHERS, *plugins]
         ran = subprocess.run(
             command,
             cwd=folder,
