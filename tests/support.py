@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import pytest
 from temporalio.api.workflowservice.v1 import (
@@ -42,6 +42,8 @@ FOR_AN_HOUR = RetryPolicy(max_retries=3, initial_delay=3600, max_delay=3600, jit
 """A backoff that outlasts the test."""
 NEVER_AGAIN = RetryPolicy(max_retries=0)
 
+
+T = TypeVar("T")
 
 on_both = pytest.mark.parametrize("execution", get_args(Execution))
 """A test that runs twice: once with a workflow around each run, once with the activity alone."""
@@ -83,6 +85,15 @@ async def status_when(
 
 def _not_true(condition: Callable[..., Any], timeout: float, last: Any) -> str:
     return f"not true within {timeout} s: {inspect.getsource(condition).strip()} - at last it was {last!r}"
+
+
+async def undisturbed(measure: Callable[[], Awaitable[T]], fits: Callable[[T], object], *, tries: int = 10) -> T:
+    """What is measured when it fits, or else at the last of the tries: whatever else runs may disturb some of them."""
+    while True:
+        measured = await measure()
+        tries -= 1
+        if fits(measured) or not tries:
+            return measured
 
 
 def ended(run: TaskResult[Any]) -> bool:

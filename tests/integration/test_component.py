@@ -22,6 +22,7 @@ from support import (
     backs_off,
     on_both,
     status_when,
+    undisturbed,
     wait_until,
     work,
 )
@@ -322,7 +323,7 @@ async def test_a_step_in_flight_may_finish_within_the_grace_period_and_nothing_n
     assert calls == ["first"]
     assert (await shoot.get_status(task_id)).completed_steps == ("first",)
     await app.start(shoot)
-    assert await shoot.result(task_id, timeout=5) == ["first", "second"]
+    assert await shoot.result(task_id, timeout=10) == ["first", "second"]
     assert calls == ["first", "second"]
 
 
@@ -351,16 +352,19 @@ async def test_a_step_that_outlasts_the_grace_period_is_made_again_and_no_retry_
     await worker.stop()
     assert time.monotonic() - begun < 0.3 + 2
     await app.start(shoot)
-    assert await shoot.result(task_id, timeout=5) == 2
+    assert await shoot.result(task_id, timeout=10) == 2
     assert calls == [1, 1]
 
 
 async def test_a_stop_with_nothing_in_flight_is_quick(app: App, greeting: TemporalAsyncTask[str, str]):
-    worker = await app.start(greeting, graceful_shutdown_timeout=30)
-    await greeting.run("hello")
-    begun = time.monotonic()
-    await worker.stop()
-    assert time.monotonic() - begun < 1
+    async def stopped() -> float:
+        worker = await app.start(greeting, graceful_shutdown_timeout=30)
+        await greeting.run("hello")
+        begun = time.monotonic()
+        await worker.stop()
+        return time.monotonic() - begun
+
+    assert await undisturbed(stopped, lambda took: took < 1) < 1
 
 
 async def test_a_run_in_backoff_is_not_touched_by_a_shutdown(app: App):
@@ -408,14 +412,17 @@ async def test_a_worker_that_gets_a_signal_in_a_step_exits_with_0_and_another_go
     interrupted = interrupted_task()
     await app.connect(interrupted)
     task_id = await interrupted.submit()
+    started = time.monotonic()
     with WorkerProcess(__file__, app, CALL_LOG=str(log.path), GRACE="1") as first:
         await wait_until(log.lines, timeout=20)
+        beginning = time.monotonic() - started
         os.kill(first.pid, number)
         assert await first.exit_status(timeout=1 + 4) == 0, first.errors()
     exited = time.monotonic()
     with WorkerProcess(__file__, app, CALL_LOG=str(log.path), GRACE="1") as second:
         assert await interrupted.result(task_id, timeout=10) == 2
-        assert time.monotonic() - exited < 5
+        # A process needs a second or so to begin. On a busy machine it needs more, as the first one has shown.
+        assert time.monotonic() - exited < max(5, 3 * beginning)
         assert [(line[1], line[2]) for line in log.lines()] == [(str(first.pid), "1"), (str(second.pid), "1")]
         second.terminate()
         assert await second.exit_status(timeout=4) == 0, second.errors()

@@ -52,6 +52,7 @@ async def attempts() -> AsyncIterator[Attempts]:
     """Calls to an address where nobody answers, and to a server that was killed."""
     attempts = Attempts()
     with socket.socket() as listener:
+        attempts.begin("ten seconds", lambda: asyncio.sleep(10))
         attempts.begin("connect to silence", App(silent_address(listener), "queue").component().connect)
         server = DevServer()
         await server.start()
@@ -98,7 +99,8 @@ async def test_an_address_that_does_not_answer_is_given_up_after_ten_seconds(att
     assert isinstance(error, ServerUnavailableError)
     assert re.search(says_how_to_start_one("127.0.0.1"), str(error))
     assert "no answer within 10 s" in str(error)
-    assert 9 < seconds < 11
+    _, ten_seconds = await attempts.outcome("ten seconds")  # more, where other processes keep this one from running
+    assert 9 < seconds < ten_seconds + 1
 
 
 @pytest.mark.parametrize("call", ["submit", "get_status", "result"])

@@ -349,7 +349,7 @@ async def test_a_sync_step_that_hangs_does_not_hold_up_other_tasks(app: App):
     try:
         task_id = await hang.submit()
         await status_when(hang, task_id, lambda run: run.status is TaskStatus.PROCESSING)
-        assert await other.run(timeout=2) == "done"
+        assert await other.run(timeout=10) == "done"
     finally:
         let_go.set()
 
@@ -421,4 +421,4 @@ async def test_a_task_that_sleeps_or_backs_off_holds_no_slot(app: App):
     run = await status_when(nap, ids[0], backs_off)
     assert (run.current_step, run.last_error) == ("nap", None)
     await status_when(stuck, ids[1], backs_off)
-    assert await quick.run(timeout=5) == "done"
+    assert await quick.run(timeout=10) == "done"

@@ -228,7 +228,7 @@ async def test_a_delayed_run_begins_when_its_delay_is_over(app: App):
     await app.start(note)
     submitted = time.monotonic()
     task_id = await note.submit(delay=1.2)
-    assert time.monotonic() - submitted < 1
+    assert not begun, "it did not wait for the delay"
     assert (await note.get_status(task_id)).status is TaskStatus.PENDING
     await note.result(task_id)
     assert 1.15 <= begun[0] - submitted < 3

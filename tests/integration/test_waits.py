@@ -269,7 +269,7 @@ async def test_fifty_tasks_that_sleep_leave_two_slots_to_others(app: App):
     await app.start(nap, quick, max_concurrent_tasks=2)
     ids = await asyncio.gather(*(nap.submit() for _ in range(50)))
     await asyncio.gather(*(status_when(nap, task_id, backs_off, timeout=20) for task_id in ids))
-    assert await quick.run("done", timeout=2) == "done"
+    assert await quick.run("done", timeout=10) == "done"
     asleep = await asyncio.gather(*map(nap.get_status, ids))
     assert {(run.status, run.current_step) for run in asleep} == {(TaskStatus.PROCESSING, "nap")}
 
@@ -286,7 +286,7 @@ async def test_an_event_that_is_sent_while_the_run_waits_for_it_ends_the_wait(ap
     task_id = await ask.submit()
     await status_when(ask, task_id, is_held)
     await ask.send(task_id, "approval", "approved")
-    assert await ask.result(task_id, timeout=2) == "approved"
+    assert await ask.result(task_id, timeout=10) == "approved"
 
 
 async def test_an_event_that_is_sent_before_any_worker_came_is_not_lost(app: App):
@@ -298,7 +298,7 @@ async def test_an_event_that_is_sent_before_any_worker_came_is_not_lost(app: App
     task_id = await ask.submit()
     await ask.send(task_id, "approval", "approved")
     await app.start(ask)
-    assert await ask.result(task_id, timeout=5) == "approved"
+    assert await ask.result(task_id, timeout=10) == "approved"
 
 
 async def test_an_event_that_is_sent_before_it_is_waited_for_is_not_lost(app: App):
@@ -318,7 +318,7 @@ async def test_an_event_that_is_sent_before_it_is_waited_for_is_not_lost(app: Ap
     await wait_until(lambda: vendor.calls)
     await ask.send(task_id, "approval", "approved")
     is_sent.set()
-    assert await ask.result(task_id, timeout=5) == "approved"
+    assert await ask.result(task_id, timeout=10) == "approved"
     assert vendor.calls == ["prepare"]
 
 
@@ -338,7 +338,7 @@ async def test_of_two_events_with_one_key_the_first_counts(app: App, waits_alrea
     await ask.send(task_id, "approval", "second")
     await ask.send(task_id, "go")
     await ask.send(task_id, "other", "another")
-    assert await ask.result(task_id, timeout=5) == ["first", "another"]
+    assert await ask.result(task_id, timeout=10) == ["first", "another"]
 
 
 @pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
@@ -352,7 +352,7 @@ async def test_two_events_are_waited_for_at_once_in_whichever_order_they_come(ap
     await status_when(ask, task_id, is_held)
     for key in order:
         await ask.send(task_id, key, f"event {key}")
-    assert await ask.result(task_id, timeout=5) == ["event one", "event two"]
+    assert await ask.result(task_id, timeout=10) == ["event one", "event two"]
 
 
 async def test_an_event_brings_a_model(app: App):
@@ -379,7 +379,7 @@ async def test_an_event_without_a_value_is_none(app: App):
     await app.start(ask)
     task_id = await ask.submit()
     await ask.send(task_id, "go")
-    assert await ask.result(task_id, timeout=5) == "None"
+    assert await ask.result(task_id, timeout=10) == "None"
 
 
 async def test_an_event_that_does_not_come_is_an_error_for_which_the_body_may_compensate(app: App):
@@ -447,7 +447,7 @@ async def test_an_event_is_waited_for_beside_a_step_that_backs_off_and_comes_las
     task_id = await ask.submit()
     await status_when(ask, task_id, lambda run: run.completed_steps == ("flaky",))
     await ask.send(task_id, "approval", "approved")
-    assert await ask.result(task_id, timeout=5) == ["approved", "flaky"]
+    assert await ask.result(task_id, timeout=10) == ["approved", "flaky"]
     assert vendor.calls == ["flaky", "flaky"]
 
 
@@ -555,7 +555,7 @@ async def test_a_run_of_another_task_takes_no_event(app: App):
     with pytest.raises(TaskNotFoundError, match=f"'{task_id}' of task 'yours'"):
         await yours.send(task_id, "approval", "forged")
     await mine.send(task_id, "approval", "approved")
-    assert await mine.result(task_id, timeout=5) == "approved"
+    assert await mine.result(task_id, timeout=10) == "approved"
 
 
 # A delay ----------------------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ async def test_a_run_with_a_delay_is_pending_until_then(app: App):
     run = await late.get_status(task_id)
     assert (run.status, run.attempt, run.started_at, run.steps) == (TaskStatus.PENDING, 0, None, ())
     assert calls == []
-    assert await late.result(task_id, timeout=5) == "done"
+    assert await late.result(task_id, timeout=10) == "done"
     assert 1.5 <= calls[0] - before < 3
 
 

@@ -381,7 +381,7 @@ async def test_a_result_that_is_not_json_says_so(app: App, client: httpx.AsyncCl
 
 
 def fuzz_command(address: str, folder: Path, phases: str) -> list[str]:
-    # One thread: CPython 3.11's parser, which Hypothesis uses on lambdas, may fail in two at once ("recursion depth mismatch").
+    # One thread: CPython 3.11's ast.parse, which Hypothesis uses, may fail in two at once ("recursion depth mismatch").
     return [
         str(Path(sys.executable).with_name("schemathesis")), "run", f"{address}/openapi.json",
         "--phases", phases, "--max-examples", "5", "--seed", "1", "--no-shrink", "--workers", "1",
