@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -373,3 +374,20 @@ async def test_an_external_id_that_cannot_be_one_is_refused():
         report_external_id("")
     with pytest.raises(StepUsageError, match="outside of a task"):
         report_external_id("job-1")
+
+
+async def test_the_times_of_a_run_s_events_do_not_go_back_though_the_worker_s_clock_is_ahead(
+    app: App, application: Application, monkeypatch: pytest.MonkeyPatch
+):
+    ahead = datetime.now(UTC) + timedelta(hours=1)
+    monkeypatch.setattr("temporal_async_task.integrations.reported.utc_now", lambda: ahead)
+
+    async def draw() -> str:
+        return "url"
+
+    task = reported(TemporalAsyncTask("draw", draw), to=application)
+    await app.start(task)
+    await task.run()
+    times = [event.at for event in application.reports[-1].events]
+    assert len(times) == 2
+    assert times == sorted(times)

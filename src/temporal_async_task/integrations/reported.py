@@ -224,7 +224,10 @@ class _Reporting:
 
     def _add(self, kind: Any, payload: dict[str, Any], at: datetime | None = None) -> None:
         sequence = len(self._events) + 1
-        self._events.append(ReportedEvent(sequence=sequence, type=kind, at=at or utc_now(), payload=payload))
+        at = at or utc_now()
+        if self._events:
+            at = max(at, self._events[-1].at)  # one is by this worker's clock, the other by the server's
+        self._events.append(ReportedEvent(sequence=sequence, type=kind, at=at, payload=payload))
         self._news.set()
 
     def _report(self) -> Report:
