@@ -71,7 +71,9 @@ async def flood(
         while time.monotonic() < began + patience and seen.statuses != {"completed": records}:
             async with sessions() as session:
                 counted = await session.execute(select(Call.status, func.count()).group_by(Call.status))
-                seen.statuses = Counter(dict(counted.tuples().all()))
+                seen.statuses = Counter()
+                for status, count in counted:
+                    seen.statuses[status] = count
             seen.most_queued = max(seen.most_queued, seen.statuses["queued"])
             seen.most_in_queue = max(seen.most_in_queue, await backlog(client, queue))
             seen.looks += 1

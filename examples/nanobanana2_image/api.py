@@ -5,6 +5,7 @@ Nobody is asked who they are: serve it on your own machine only, or give the rou
 
 import asyncio
 import contextlib
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 3.0
 """Seconds for which an answer about a record waits for Temporal. Without it, it is as of the last report."""
+_ID = re.compile("[0-9a-f]{32}")
 _OWN_STEPS = "report: "
 """What the library's steps begin with that tell the application how a run has ended."""
 
@@ -110,7 +112,8 @@ def create_api(
     storage = Storage(settings.media_dir)
 
     async def find(session: AsyncSession, call_id: str) -> APICall:
-        call = await session.get(APICall, call_id)
+        # What cannot be an id is not asked for: PostgreSQL refuses a NUL with an error.
+        call = await session.get(APICall, call_id) if _ID.fullmatch(call_id) else None
         if call is None:
             raise HTTPException(404, "There is no such call.")
         return call
@@ -145,15 +148,17 @@ def create_api(
         if call.status != RecordStatus.PENDING:
             with contextlib.suppress(ServerUnavailableError, NotConnectedError, TaskNotFoundError, TimeoutError):
                 async with asyncio.timeout(PATIENCE):
+                    await integration.refresh(APICall, call_id)
+                    async with sessions() as session:
+                        call = await find(session, call_id)
+                    # After the record: steps that are older than a record that has ended would be shown for ever.
                     run = await integration.task_of(call).get_status(call.task_id or "")
                     steps = [
                         StepView.model_validate(step, from_attributes=True)
                         for step in run.steps
                         if not step.key.startswith(_OWN_STEPS)
                     ]
-                    await integration.refresh(APICall, call_id)
-        async with sessions() as session:
-            return _view(await find(session, call_id), steps)
+        return _view(call, steps)
 
     @router.get("/api/calls/{call_id}/events")
     async def events(call_id: str) -> list[EventView]:

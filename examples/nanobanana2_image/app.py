@@ -28,6 +28,8 @@ def create_app(settings: Settings | None = None, config: AsyncTaskComponentConfi
     async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
         """What is wrong, in a sentence, and without what was sent: that may be 100 kB of prompt."""
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"detail": f"The body is no JSON: {first['ctx']['error']}"}, 422)
         where = ".".join(str(part) for part in first["loc"][1:] if part not in {"picture", "video"})
         return JSONResponse({"detail": f"{where or 'The body'}: {first['msg'].removeprefix('Value error, ')}"}, 422)
 

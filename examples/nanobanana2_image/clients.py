@@ -115,15 +115,10 @@ class ArkClient:
         headers = {"Authorization": f"Bearer {self._api_key}"}
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        async with (
-            httpx.AsyncClient(timeout=self._timeout, verify=_TLS) as client,
-            client.stream(method, self._base_url + path, json=body, headers=headers) as response,
-        ):
-            data = bytearray()
-            async for chunk in response.aiter_bytes():
-                data += chunk
-                if len(data) > MAX_ANSWER:
-                    raise ArkError(f"The vendor's answer is over {MAX_ANSWER:,} bytes.")
+        try:
+            response, data = await self._sent(method, path, body, headers)
+        except httpx.TimeoutException as error:  # which has no message
+            raise type(error)("The vendor does not answer.", request=error.request) from None
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError):
@@ -136,12 +131,24 @@ class ArkClient:
             )
         if answer is None:
             # Not the API speaks, but something in between: a gateway, or a connection that was cut.
-            raise ArkBusyError(f"The vendor's answer is not JSON: {bytes(data[:80])!r}")
+            raise ArkBusyError(f"The vendor's answer is not JSON: {data[:80]!r}")
         if not isinstance(answer, dict):
             raise _not_understood("an object", answer)
         if fails and error:
             raise _told(error)
         return answer
+
+    async def _sent(self, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[httpx.Response, bytes]:
+        async with (
+            httpx.AsyncClient(timeout=self._timeout, verify=_TLS) as client,
+            client.stream(method, self._base_url + path, json=body, headers=headers) as response,
+        ):
+            data = bytearray()
+            async for chunk in response.aiter_bytes():
+                data += chunk
+                if len(data) > MAX_ANSWER:
+                    raise ArkError(f"The vendor's answer is over {MAX_ANSWER:,} bytes.")
+            return response, bytes(data)
 
 
 def _address(url: str) -> str:

@@ -86,6 +86,8 @@ class Downloads:
                 await self._download(self.check(url), write, max_bytes)
         except TimeoutError:
             raise TimeoutError(f"{_shown(url)} was not fetched within {deadline:g} s.") from None
+        except httpx.TimeoutException as error:  # which has no message
+            raise type(error)(f"{_shown(url)} does not answer.", request=error.request) from None
 
     def _is_allowed(self, url: httpx.URL) -> bool:
         host = url.host.lower()

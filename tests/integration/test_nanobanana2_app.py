@@ -8,6 +8,7 @@ import io
 import os
 import socket
 import sqlite3
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,12 +21,12 @@ from ark import serving, serving_stub
 from nanobanana2_image import stub_pictures
 from nanobanana2_image.app import create_app
 from nanobanana2_image.entities import APICall, create_engine, create_tables
-from nanobanana2_image.integration import create_integration
+from nanobanana2_image.integration import NanoBanana2ImageIntegration, create_integration
 from nanobanana2_image.pictures import read_picture
 from nanobanana2_image.settings import Settings
 from nanobanana2_image.stub_api import Fault, Stub
 from support import App, wait_until
-from temporal_async_task import AsyncTaskComponentConfig
+from temporal_async_task import AsyncTaskComponentConfig, StepState, StepStatus, TemporalAsyncTask
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
 
 if TYPE_CHECKING:
@@ -192,6 +193,39 @@ async def test_what_the_vendor_refuses_is_told_and_a_person_may_have_it_tried_ag
     assert shop.http.post(f"/api/calls/{call_id}/try-again").status_code == 409
 
 
+async def test_steps_that_are_shown_are_no_older_than_the_record(
+    sqlite_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page asks no more once a record has ended: what it shows then, it shows for ever."""
+    shop = sqlite_shop
+    state = "running"
+
+    async def report_arrives(integration: NanoBanana2ImageIntegration, _: Any, call_id: str) -> bool:
+        nonlocal state
+        async with integration._sessions.begin() as session:
+            (await session.get_one(APICall, call_id)).status = "failed"
+        state = "failed"
+        return False
+
+    async def get_status(*_: Any) -> Any:
+        step = StepStatus(key="generate", state=StepState(state), attempts=1)
+        return SimpleNamespace(steps=(step,))
+
+    call_id = shop.order().json()["id"]
+    await shop.ended(call_id, "queued")
+    monkeypatch.setattr(NanoBanana2ImageIntegration, "refresh", report_arrives)
+    monkeypatch.setattr(TemporalAsyncTask, "get_status", get_status)
+    call = shop.call(call_id)
+    assert (call["status"], [step["state"] for step in call["steps"]]) == ("failed", ["failed"])
+
+
+async def test_an_id_that_is_none_is_not_found(shop: Shop) -> None:
+    for call_id in ("unknown", "%00", "0" * 33, "%ff", "x" * 5000):
+        for path, method in (("", "GET"), ("/events", "GET"), ("/try-again", "POST")):
+            answer = shop.http.request(method, f"/api/calls/{call_id}{path}")
+            assert (answer.status_code, answer.json()["detail"]) == (404, "There is no such call.")
+
+
 async def test_sources_that_would_burst_the_journal_do_not(sqlite_shop: Shop) -> None:
     """Two pictures of 3 MB each: as base64 in the journal, they would be four times what it may hold."""
     shop = sqlite_shop
@@ -234,6 +268,12 @@ def test_an_order_that_cannot_be_is_refused_with_the_reason(
     assert told in answer.json()["detail"]
     assert len(answer.content) < 400, "what was sent is not sent back"
     assert refusing.get("/api/calls").json() == [], "and nothing was written"
+
+
+def test_a_body_that_is_no_json_is_told(refusing: httpx.Client) -> None:
+    answer = refusing.post("/api/calls", content=b'{"kind": ', headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("The body is no JSON: ")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from nanobanana2_image.downloads import DownloadRefusedError, Downloads
 from nanobanana2_image.pictures import data_url, read_picture
 from nanobanana2_image.stub_api import Fault, Stub
 from nanobanana2_image.tasks import PictureOrder, create_tasks
+from support import wait_until
 from temporal_async_task import RetryPolicy, StepFailedError
 from temporal_async_task.retry import decide
 
@@ -207,10 +208,11 @@ async def test_a_wrong_key_and_none_are_told_and_not_tried_again(url: str) -> No
 
 
 async def test_a_vendor_that_hangs_is_given_up_and_tried_again(stub: Stub, served: tuple[Stub, str, Settings]) -> None:
-    stub.faults.append(Fault(route="images", kind="slow", seconds=5))
-    with pytest.raises(httpx.ReadTimeout) as raised:
+    stub.faults.append(Fault(route="images", kind="slow", seconds=2))
+    with pytest.raises(httpx.ReadTimeout, match="The vendor does not answer") as raised:
         await generate(ArkClient(served[2].ark_base_url, "the-key", timeout=0.3))
     assert is_retried(raised.value)
+    await wait_until(lambda: stub.generations)  # it makes the picture all the same, which is no other test's
 
 
 async def test_a_video_that_has_failed_is_told_with_the_vendors_reason(stub: Stub, client: ArkClient) -> None:
@@ -264,6 +266,15 @@ async def test_a_download_as_a_whole_has_a_deadline(downloads: Downloads, url: s
     with pytest.raises(TimeoutError, match=r"was not fetched within 0\.6 s") as raised:
         await downloads.fetch(f"{url}/samples/bad/{kind}", max_bytes=10**6, deadline=0.6)
     assert time.monotonic() - began < 5
+    assert is_retried(raised.value)
+
+
+async def test_a_server_that_does_not_answer_is_named_and_asked_again(
+    downloads: Downloads, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanobanana2_image.downloads.TIMEOUT", httpx.Timeout(0.3, connect=10))
+    with pytest.raises(httpx.ReadTimeout, match=f"{url}/samples/bad/hang does not answer") as raised:
+        await downloads.fetch(f"{url}/samples/bad/hang", max_bytes=10**6, deadline=20)
     assert is_retried(raised.value)
 
 

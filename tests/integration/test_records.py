@@ -309,6 +309,65 @@ async def test_records_that_cannot_be_submitted_fail_with_the_reason_and_block_n
     assert vendor.calls == ["good"]
 
 
+ODD = "a NUL: \0, half a pair: \ud800"
+PLAIN = "a NUL: \\x00, half a pair: \\ud800"
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["told", "asked"])
+async def test_an_error_that_no_database_takes_is_told_all_the_same(records: Records, vendor: Vendor, tells: bool):
+    """It would be told again and again, and its run would never end."""
+
+    def fail(_: str) -> str:
+        raise NonRetryableError(ODD)
+
+    vendor.answer = fail
+    task = vendor.task()
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(task, check_every=0.2))
+    dispatcher = integration.dispatcher
+    if not tells:
+        dispatcher = Dispatcher(component, records.sessions, records.mapping(task, check_every=0.2))
+    component.register_all(integration.create_async_tasks() if tells else [task])
+    await records.add(1)
+    async with component, dispatcher:
+        call = await records.becomes("failed")
+    assert str(call.error).endswith(f"NonRetryableError: {PLAIN}")
+    assert (await records.told())[-1] == "failed"
+
+
+async def test_params_with_an_error_that_no_database_takes_block_no_others(records: Records, vendor: Vendor):
+    def params(call: Call) -> str:
+        if call.id == 1:
+            raise ValueError(ODD)
+        return call.prompt
+
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), params=params))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, 2)
+    async with component, integration.dispatcher:
+        assert str((await records.becomes("failed", 1)).error).endswith(PLAIN)
+        await records.becomes("completed", 2)
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["told", "asked"])
+async def test_a_result_that_json_has_no_word_for_is_kept_without_it(records: Records, tells: bool):
+    async def measure(_: str) -> dict[str, Any]:
+        return {"sizes": [float("nan"), float("inf"), 1.5], "name": "a\0b"}
+
+    task = TemporalAsyncTask("measure", measure)
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(task, check_every=0.2))
+    dispatcher = integration.dispatcher
+    if not tells:
+        dispatcher = Dispatcher(component, records.sessions, records.mapping(task, check_every=0.2))
+    component.register_all(integration.create_async_tasks() if tells else [task])
+    await records.add(1)
+    async with component, dispatcher:
+        call = await records.becomes("completed")
+    assert call.response == {"sizes": [None, None, 1.5], "name": "a\\x00b"}
+
+
 def records_of(call: Call) -> Any:
     from sqlalchemy.orm import object_session  # noqa: PLC0415
 
@@ -753,6 +812,10 @@ async def test_an_unknown_record_and_what_is_no_report_are_told(web: WebProcess)
     for body in (b"", b"{}", b"\xff", json.dumps({"task": "draw"}).encode(), b"[" * 10_000):
         assert code(await web.post(body)) == (400, "malformed")
     assert code(await web.post(b" " * 7_000_000)) == (413, "too_large")
+    for payload in ({"external_id": 5}, {"external_id": "x" * 256}, {"error": {}}, {"error_type": None}):
+        told = {"sequence": 1, "type": "processing", "at": "2026-01-01T00:00:00Z", "payload": payload}
+        report = {"task": "draw", "task_id": "t1", "generation": 1, "events": [told]}
+        assert code(await web.post(json.dumps(report).encode())) == (400, "malformed")
 
 
 async def test_a_database_that_is_away_is_told_without_details(records: Records, vendor: Vendor, engine: AsyncEngine):

@@ -27,7 +27,7 @@ from temporal_async_task.errors import (
     TaskCancelledError,
 )
 from temporal_async_task.integrations.lifecycle import RecordStatus
-from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, utc_now
+from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
 from temporal_async_task.retry import RetryPolicy, Verdict, decide
 from temporal_async_task.status import StepState
 from temporal_async_task.steps import check_text, runner_var, step
@@ -315,7 +315,12 @@ def _failure_of(error: BaseException, policy: RetryPolicy) -> _Failure:
     about = None
     if isinstance(leaf, StepFailedError):
         about = [leaf.key, leaf.attempts, leaf.error_type, leaf.message]
-    return _Failure(error=str(leaf), error_type=type(leaf).__name__, retryable=_is_retryable(leaf, policy), step=about)
+    return _Failure(
+        error=storable(str(leaf)),
+        error_type=type(leaf).__name__,
+        retryable=_is_retryable(leaf, policy),
+        step=storable(about),
+    )
 
 
 def _is_retryable(error: BaseException, policy: RetryPolicy) -> bool:

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import itertools
+import math
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from temporal_async_task.errors import ReportRefusedError
 from temporal_async_task.integrations.lifecycle import RecordStatus
+
+MAX_EXTERNAL_ID = 255
+"""Characters."""
+
+
+def storable(value: Any) -> Any:
+    """JSON that every database takes, and every reader: others end with an error that no repetition mends.
+
+    PostgreSQL takes no NUL in texts, nothing takes half of a surrogate pair, and JSON knows no NaN and no infinity.
+    """
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {storable(key): storable(one) for key, one in cast("dict[Any, Any]", value).items()}
+        case list() | tuple():
+            return [storable(one) for one in cast("list[Any]", value)]
+        case _:
+            return value
+
+
+def _payload(payload: dict[str, Any]) -> dict[str, Any]:
+    for name in ("external_id", "error", "error_type"):
+        if not isinstance(payload.get(name, ""), str):
+            raise ValueError(f"{name} must be a text")  # noqa: TRY004 - which pydantic makes a ValidationError of
+    if len(payload.get("external_id", "")) > MAX_EXTERNAL_ID:
+        raise ValueError(f"external_id has over {MAX_EXTERNAL_ID} characters")
+    return storable(payload)  # type: ignore[no-any-return]
 
 
 class ReportedEvent(BaseModel):
@@ -22,7 +53,7 @@ class ReportedEvent(BaseModel):
     """Its place among the events of the report's generation, from 1."""
     type: Literal[RecordStatus.PROCESSING, RecordStatus.COMPLETED, RecordStatus.FAILED]
     at: AwareDatetime
-    payload: dict[str, Any] = Field(default_factory=dict[str, Any])
+    payload: Annotated[dict[str, Any], AfterValidator(_payload)] = Field(default_factory=dict[str, Any])
     """``external_id``; ``result``; or ``error``, ``error_type`` and ``retryable``."""
 
 
@@ -79,9 +110,9 @@ class Reporter(Protocol):
 def as_json(value: Any) -> Any:
     """A result as JSON has it: bytes in base64 (in pydantic models, as the model says), and else what ``repr`` says."""
     try:
-        return to_jsonable_python(value, bytes_mode="base64", fallback=repr)
+        return storable(to_jsonable_python(value, bytes_mode="base64", fallback=repr))
     except ValueError:  # with pydantic's errors: the task's own data converter has words for it
-        return repr(value)
+        return storable(repr(value))
 
 
 def utc_now() -> datetime:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
-from temporal_async_task.integrations.reports import Report, as_json, utc_now
+from temporal_async_task.integrations.reports import Report, as_json, storable, utc_now
 from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
 from temporal_async_task.status import TaskResult, TaskStatus
 
@@ -302,6 +302,7 @@ class RecordStore:
 
     def _apply(self, session: Session, record: Any, event: Event, *, retryable: bool = False) -> None:
         """Write an event, and what follows from it."""
+        event = replace(event, payload=storable(event.payload))
         state = state_of(record).after(event)
         payload = event.payload | ({"attempt": state.attempts} if event.type is RecordStatus.QUEUED else {})
         record.event_count += 1
