@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_jsonable_python
@@ -22,15 +22,16 @@ def storable(value: Any) -> Any:
 
     PostgreSQL takes no NUL in texts, nothing takes half of a surrogate pair, and JSON knows no NaN and no infinity.
     """
+    within = value  # of Any, where ``value`` is taken for what it matches
     match value:
         case str():
             return value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {storable(key): storable(one) for key, one in cast("dict[Any, Any]", value).items()}
+            return {storable(key): storable(one) for key, one in within.items()}
         case list() | tuple():
-            return [storable(one) for one in cast("list[Any]", value)]
+            return [storable(one) for one in within]
         case _:
             return value
 
