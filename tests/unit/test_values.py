@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
+from pydantic_core import to_jsonable_python
 from temporalio.api.common.v1 import Payload
-from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.common import RawValue
+from temporalio.contrib.pydantic import PydanticPayloadConverter, ToJsonOptions, pydantic_data_converter
 from temporalio.converter import DataConverter, PayloadCodec
 from typing_extensions import TypedDict
 
@@ -474,6 +476,116 @@ class TestPayloads:
     async def test_a_value_under_the_limit_is_taken(self):
         payload = await values().to_payload("x" * 2_000_000)
         assert payload.ByteSize() > 2_000_000
+
+
+class Measured(BaseModel):
+    value: float
+    error: float | None = None
+
+
+@dataclass
+class Reading:
+    of: Measured
+    raw: list[float]
+
+
+class Terse(PydanticPayloadConverter):
+    """What an application may make of pydantic's converter."""
+
+    def __init__(self) -> None:
+        super().__init__(ToJsonOptions(exclude_unset=True))
+
+
+def nested(depth: int, kind: Callable[[Any], Any]) -> Any:
+    value = kind(1)
+    for _ in range(depth - 1):
+        value = kind(value)
+    return value
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+class TestExactness:
+    """What is taken comes back as it was; what could not be read again is refused before it is stored."""
+
+    @pytest.mark.parametrize(
+        ("value", "hint"),
+        [
+            (Measured(value=NAN), Measured),
+            (Measured(value=1.5, error=-INFINITY), Measured),
+            ([Measured(value=INFINITY), Measured(value=-0.0)], list[Measured]),
+            ({"a": Measured(value=NAN), "b": None}, dict[str, Measured | None]),
+            (Reading(Measured(value=NAN), [NAN, 1.0]), Reading),
+            ({"raw": [NAN, None, INFINITY]}, None),
+        ],
+        ids=repr,
+    )
+    async def test_numbers_that_json_does_not_have_come_back_wherever_they_are(self, value: Any, hint: Any):
+        payload = await values().to_payload(value)
+        assert repr(await values().from_payload(payload, hint)) == repr(value)
+        assert values().check(value, hint) == payload
+
+    async def test_a_models_nan_without_a_type_is_a_nan(self):
+        payload = await values().to_payload(Measured(value=NAN))
+        assert repr(await values().from_payload(payload)) == "{'value': nan, 'error': None}"
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            None,
+            "null",
+            {"null": None},
+            Measured(value=1.5),
+            [Shot(url="null"), None, datetime(2026, 1, 2, tzinfo=UTC), UUID(int=7), timedelta(1), 2**70, 1e300],
+            {1: None, None: {"a"}, 1.5: (1, None)},
+        ],
+        ids=repr,
+    )
+    def test_what_pydantic_writes_exactly_stays_as_it_writes_it(self, value: Any):
+        assert values().serialise(value) == payload_of(value)
+
+    def test_what_can_be_gone_through_only_once_is_written_whole(self):
+        assert values().serialise(iter(["a", None])).data == b'["a",null]'
+
+    def test_the_options_of_the_applications_converter_are_kept(self):
+        converter = dataclasses.replace(pydantic_data_converter, payload_converter_class=Terse)
+        assert values(converter).serialise([Measured(value=1.5), None]).data == b'[{"value":1.5},null]'
+
+    def test_a_payload_that_is_made_already_is_passed_on(self):
+        raw = Payload(metadata={"encoding": b"json/plain"}, data=b"null, or not")
+        assert values().serialise(RawValue(raw)) == raw
+
+    @pytest.mark.parametrize("kind", [lambda value: [value], lambda value: {"a": value}, lambda value: (value,)])
+    @pytest.mark.parametrize("hint", [None, list[Any], Shot])
+    def test_what_is_nested_too_deep_to_be_read_is_refused(self, kind: Callable[[Any], Any], hint: Any):
+        for depth in (201, 250, 254, 255, 300):
+            with pytest.raises(ResultError, match=r"cannot be serialised: .*(nested 200 deep|depth exceeded)"):
+                values().serialise(nested(depth, kind))
+            with pytest.raises(ResultError, match="cannot be serialised"):
+                values().check(nested(depth, kind), hint)
+        assert values().convert(values().serialise(nested(200, kind))) is not None
+
+    def test_a_number_too_long_to_be_read_is_refused(self):
+        with pytest.raises(ResultError, match="whole numbers may have 4,300 digits"):
+            values().serialise({"count": 10**4300})
+        assert values().convert(values().serialise(10**4300 - 1)) == 10**4300 - 1
+
+    @settings(deadline=None)
+    @given(
+        st.recursive(
+            st.none() | st.floats() | st.builds(Measured, value=st.floats(), error=st.none() | st.floats()),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text("nul", max_size=4), inner),
+            max_leaves=10,
+        )
+    )
+    def test_no_number_is_lost(self, value: Any):
+        back = values().convert(values().serialise(value))
+        assert repr(back) == repr(to_jsonable_python(value))
+
+    def test_a_converter_of_the_applications_own_decides_by_itself(self):
+        data = values(DataConverter.default).serialise(nested(300, lambda value: [value])).data
+        assert data == b"[" * 300 + b"1" + b"]" * 300
 
 
 class TestCheck:

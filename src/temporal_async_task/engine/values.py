@@ -40,10 +40,12 @@ from pydantic.errors import PydanticSchemaGenerationError
 from temporalio.api.common.v1 import Payload
 from temporalio.api.failure.v1 import Failure
 from temporalio.common import RawValue
+from temporalio.contrib.pydantic import PydanticPayloadConverter
 from temporalio.converter import DataConverter, WorkflowSerializationContext
 from temporalio.exceptions import ApplicationError, FailureError
 
 from temporal_async_task.engine import external, wire
+from temporal_async_task.engine.exact import exact_json
 from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.errors import (
     AsyncTaskError,
@@ -57,7 +59,6 @@ from temporal_async_task.steps import Result
 
 MAX_PAYLOAD = 2 * 1024 * 1024 - 16 * 1024
 """Bytes. The server refuses payloads over 2 MB; the margin is for what is sent around it."""
-
 
 _SEALED = "asyncTaskSealed:"
 """How a short text of the engine's begins that went through the codec."""
@@ -84,6 +85,8 @@ class PayloadValues:
         self._task_id = task_id
         self._stored: dict[bytes, Payload] = {}
         """What was just stored externally, by its reference: a step's result is asked for once more at once."""
+        # Else JSON is written and read by a converter of the application's own.
+        self._by_pydantic = issubclass(converter.payload_converter_class, PydanticPayloadConverter)
         storage = converter.external_storage
         if storage is None:
             self._inline = self._converter = converter.with_context(context)
@@ -121,10 +124,12 @@ class PayloadValues:
         """The payload of a value, before codec and external storage.
 
         Raises:
-            ResultError: It cannot be serialised.
+            ResultError: It cannot be serialised, or nobody could read it afterwards.
         """
         try:
             [plain] = self._converter.payload_converter.to_payloads([value])
+            if self._by_pydantic and plain.metadata.get("encoding") == b"json/plain":
+                plain.data = exact_json(value, plain.data)
         except Exception as error:
             raise ResultError(
                 f"a value of type {_name(type(value))} cannot be serialised: {type(error).__name__}: {error}"
@@ -285,10 +290,9 @@ class PayloadValues:
         Raises:
             ResultError: It cannot be serialised, or what a worker would decode does not fit ``type_hint``.
         """
-        converter = self._converter.payload_converter
+        payload = self.serialise(value)
         try:
-            [payload] = converter.to_payloads([value])
-            [decoded] = converter.from_payloads([payload], _hint(type_hint))
+            [decoded] = self._converter.payload_converter.from_payloads([payload], _hint(type_hint))
             _check_fit(payload, decoded, type_hint)
         except Exception as error:
             raise ResultError(f"{type(error).__name__}: {error}") from error
