@@ -149,7 +149,8 @@ def dispatcher() -> None:
     async def dispatch() -> None:
         parts = Parts()
         parts.component.register_all(parts.integration.create_async_tasks())
-        await Dispatcher(parts.component, parts.sessions, *parts.integration.records, lease=3, batch=10).run()
+        lease = float(os.environ.get("LEASE", "3"))
+        await Dispatcher(parts.component, parts.sessions, *parts.integration.records, lease=lease, batch=10).run()
 
     asyncio.run(dispatch())
 
