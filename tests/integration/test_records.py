@@ -274,6 +274,18 @@ async def test_params_may_be_made_from_what_the_record_is_related_to(records: Re
         assert (await records.becomes("completed")).response == "url of cup for Ada"
 
 
+async def test_sessions_that_are_bound_by_class_do_as_well(engine: AsyncEngine, records: Records, vendor: Vendor):
+    sessions = async_sessionmaker(binds={Base: engine})
+    component = records.app.component()
+    integration = RecordIntegration(
+        component, sessions, records.mapping(vendor.task()), report_to=DirectReport(records.sessions)
+    )
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        await records.becomes("completed")
+
+
 # What goes wrong ------------------------------------------------------------------------------------------
 
 
@@ -847,6 +859,10 @@ def test_a_mapping_that_cannot_work_is_refused(vendor: Vendor):
         id: Mapped[int] = mapped_column(primary_key=True)
         status: Mapped[str]
 
+    class Sketch(Call):
+        __tablename__ = "sketches"
+        id: Mapped[int] = mapped_column(ForeignKey("calls.id"), primary_key=True)
+
     def mapping(**options: Any) -> RecordTask[Any]:
         settings = {"record": Call, "event": CallEvent, "task": vendor.task(), "params": str}
         return RecordTask(**(settings | options))
@@ -855,6 +871,8 @@ def test_a_mapping_that_cannot_work_is_refused(vendor: Vendor):
         mapping(record=Plain)
     with pytest.raises(ConfigError, match=r"Call lacks sequence, .*IntegrationEventMixin"):
         mapping(event=Call)
+    with pytest.raises(ConfigError, match=r"Sketch has status, .* inherits from\. .*where="):
+        mapping(record=Sketch)
     with pytest.raises(ConfigError, match="mapped class"):
         mapping(record=dict)
     with pytest.raises(ConfigError, match="max_backlog"):

@@ -59,6 +59,14 @@ class RecordTask(Generic[P]):
     def __post_init__(self) -> None:
         mapper = _mapper(self.record, "record", "APICallMixin", RECORD_COLUMNS)
         _mapper(self.event, "event", "IntegrationEventMixin", EVENT_COLUMNS)
+        elsewhere = [
+            name for name in RECORD_COLUMNS if mapper.column_attrs[name].columns[0].table is not mapper.local_table
+        ]
+        if elsewhere:
+            raise ConfigError(
+                f"{self.record.__name__} has {', '.join(elsewhere)} in the table of a class that it inherits from. Use "
+                f"that class as record=, and where= to say which of them."
+            )
         if len(mapper.primary_key) != 1:
             raise ConfigError(f"{self.record.__name__} must have a primary key of one column.")
         for name in ("max_attempts", "max_backlog"):

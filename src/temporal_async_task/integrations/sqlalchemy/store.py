@@ -148,8 +148,10 @@ class RecordStore:
 
     def _take_turn(self, session: Session) -> None:
         """Wait until no other transaction claims records of this class with a limit."""
-        if session.get_bind().dialect.name == "postgresql":
-            session.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"async-task {self._table}"))))
+        record = self.records.record
+        if session.get_bind(record).dialect.name == "postgresql":
+            lock = select(func.pg_advisory_xact_lock(func.hashtext(f"async-task {self._table}")))
+            session.execute(lock, bind_arguments={"mapper": record})
         else:
             self._begin_writing(session, false())
 
@@ -160,7 +162,7 @@ class RecordStore:
         query = select(func.count()).where(
             *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
         )
-        return session.execute(query).scalar_one()
+        return session.execute(query, bind_arguments={"mapper": record}).scalar_one()
 
     def _begin_writing(self, session: Session, criterion: Any) -> None:
         """Make this transaction the only one that writes: on SQLite, its first write does."""
@@ -295,7 +297,7 @@ class RecordStore:
     def _locked(self, session: Session, criterion: Any) -> Sequence[Any]:
         """Records that nobody else changes before this transaction has ended."""
         record, key = self.records.record, self.records.key
-        if session.get_bind().dialect.name == "sqlite":
+        if session.get_bind(record).dialect.name == "sqlite":
             self._begin_writing(session, criterion)
         query = select(record).where(criterion).order_by(key).with_for_update()
         return session.scalars(query.execution_options(populate_existing=True)).all()
