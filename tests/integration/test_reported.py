@@ -99,6 +99,11 @@ def test_what_json_has_no_words_for_is_told_as_text():
     assert as_json(Raw(data=b"\xff")) == repr(Raw(data=b"\xff"))
 
 
+def test_what_a_database_or_a_reader_would_refuse_is_told_in_other_words():
+    odd = {"a\0": ["\ud800", float("nan"), float("-inf")], "sizes": (1.5, None, True)}
+    assert as_json(odd) == {"a\\x00": ["\\ud800", None, None], "sizes": [1.5, None, True]}
+
+
 class Raw(BaseModel):
     data: bytes
 
