@@ -190,7 +190,7 @@ class Chaos:
             state = state_after(Event(RecordStatus(event.type), event.at, event.payload) for event in own)
             agrees = (
                 [event.sequence for event in own] == list(range(1, len(own) + 1))
-                and own == sorted(own, key=lambda event: event.sequence)
+                and own == sorted(own, key=lambda event: (event.at, event.sequence))
                 and state == state_of(call)
                 and run.status is TaskStatus.COMPLETED
                 and run.result == call.response

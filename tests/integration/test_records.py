@@ -48,7 +48,7 @@ from temporal_async_task.integrations.sqlalchemy import (
 )
 from temporal_async_task.integrations.sqlalchemy.mixins import state_of
 from temporal_async_task.integrations.sqlalchemy.sessions import Database
-from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, TO_START, RecordStore
+from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, TO_START, RecordStore, Settled
 
 NO_RETRY = RetryPolicy(max_retries=0)
 
@@ -123,6 +123,7 @@ class Records:
         """The types of a record's events, of which it is made sure that the record follows from them."""
         call, events = await self.get(call_id), await self.events(call_id)
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert [event.at for event in events] == sorted(event.at for event in events)
         state = state_after(Event(RecordStatus(event.type), event.at, event.payload) for event in events)
         if call.event_count == len(events):  # nothing has come meanwhile
             assert state_of(call) == state
@@ -735,6 +736,28 @@ PROCESSING, COMPLETED, FAILED = RecordStatus.PROCESSING, RecordStatus.COMPLETED,
 KNOWN = (PROCESSING, {"external_id": "job-1"})
 DONE = (COMPLETED, {"result": {"url": "x"}})
 BROKEN = (FAILED, {"error": "503", "error_type": "E", "retryable": False})
+
+
+@pytest.mark.parametrize("autoflush", [True, False])
+async def test_the_times_of_a_records_events_do_not_go_back_though_each_is_by_another_clock(
+    records: Records, vendor: Vendor, autoflush: bool
+):
+    """Of a dispatcher, and of the workers of two attempts."""
+    records.sessions.configure(autoflush=autoflush)
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(1, task_id="t1")
+    [claim] = await store.claim(TO_START, 1, timedelta(seconds=60))
+    now, second = utc_now(), timedelta(seconds=1)
+    await store.settle([Settled(claim, Event(RecordStatus.QUEUED, now + 9 * second))])
+    begun = ReportedEvent(sequence=1, type=PROCESSING, at=now + second)
+    await store.apply(Report(task="draw", task_id="t1", generation=1, events=(begun,)))
+    known = ReportedEvent(sequence=2, type=PROCESSING, at=now + 11 * second, payload={"external_id": "job-1"})
+    failed = ReportedEvent(sequence=3, type=FAILED, at=now, payload=BROKEN[1])
+    await store.apply(Report(task="draw", task_id="t1", generation=1, events=(begun, known, failed)))
+    assert await records.told() == ["queued", "processing", "processing", "failed"]
+    assert [(event.at - now) / second for event in await records.events()] == [9, 9, 11, 11]
+    call = await records.get()
+    assert (call.started_at, call.completed_at) == (now + 9 * second, now + 11 * second)
 
 
 class WebProcess:

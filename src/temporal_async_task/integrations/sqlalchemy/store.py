@@ -304,7 +304,8 @@ class RecordStore:
 
     def _apply(self, session: Session, record: Any, event: Event, *, retryable: bool = False) -> None:
         """Write an event, and what follows from it."""
-        event = replace(event, payload=storable(event.payload))
+        at = max(event.at, self._last_event_at(session, record) or event.at)
+        event = replace(event, at=at, payload=storable(event.payload))
         state = state_of(record).after(event)
         payload = event.payload | ({"attempt": state.attempts} if event.type is RecordStatus.QUEUED else {})
         record.event_count += 1
@@ -318,6 +319,15 @@ class RecordStore:
             setattr(record, name, str(value) if name == "status" else value)
         record.claims = 0
         record.due_at = self._next_look(event.type, state.attempts, retryable=retryable)
+
+    def _last_event_at(self, session: Session, record: Any) -> datetime | None:
+        """When the record's last event was, by a clock that may be ahead: a dispatcher's, a worker's, the server's."""
+        if not record.event_count:
+            return None
+        session.flush()  # it may have been added just now, in a session that does not do so by itself
+        event = self.records.event
+        query = select(event.at).where(event.task_id == record.task_id, event.sequence == record.event_count)
+        return session.scalars(query).one_or_none()
 
     def _next_look(self, status: RecordStatus, attempts: int, *, retryable: bool) -> datetime | None:
         delay: timedelta | None = None
