@@ -61,7 +61,7 @@ async def flood(
         "TEMPORAL_TASK_QUEUE": queue,
         "MAX_BACKLOG": str(max_backlog),
         "SLOTS": str(slots),
-        "LEASE": "60",
+        "LEASE": "3",
     }
     client = await Client.connect(address)
     seen = Seen()

@@ -624,6 +624,21 @@ async def test_many_that_claim_at_once_keep_the_limit_together(records: Records,
     assert len(await store.claim(TO_START, 10, lease, max_waiting=26)) == 1
 
 
+async def test_claims_that_have_run_out_are_made_again_before_others_and_within_the_limit(
+    records: Records, vendor: Vendor
+):
+    """Whoever made them may be slow, and start their records yet."""
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(*range(1, 21))
+    lease, none = timedelta(seconds=60), timedelta(0)
+    slow = await store.claim(TO_START, 4, none, max_waiting=6)
+    assert {claim.key for claim in await store.claim(TO_START, 4, lease, max_waiting=6)} == {one.key for one in slow}
+    assert len(await store.claim(TO_START, 4, lease, max_waiting=6)) == 2
+    assert await store.claim(TO_START, 4, lease, max_waiting=6) == []
+    await store.settle([Settled(claim, Event(RecordStatus.QUEUED, utc_now())) for claim in slow])
+    assert await store.claim(TO_START, 4, lease, max_waiting=6) == []
+
+
 def report_before_reading(
     store: RecordStore, report: Report, monkeypatch: pytest.MonkeyPatch, records: Records
 ) -> None:

@@ -126,7 +126,9 @@ class RecordStore:
         due = (
             select(key.label("key"))
             .where(*self.records.criteria(), record.status.in_(statuses), record.due_at <= now)
-            .order_by(record.due_at)
+            # First those whose claim has run out: whoever made it may be slow, and start them yet. Were others taken
+            # instead, more than the limit would wait in the end.
+            .order_by(record.claims == 0, record.due_at)
             .limit(limit)
             # PostgreSQL leaves out what another claims just now. SQLite has one writer at a time, and no such clause.
             .with_for_update(skip_locked=True)
