@@ -26,7 +26,13 @@ from sqlalchemy.pool import NullPool
 from postgres import PrivatePostgres
 from records_app import Base, Call, CallEvent, RecordsProcess, drawing, free_port, make_engine
 from support import CallLog
-from temporal_async_task import AsyncTaskComponent, AsyncTaskComponentConfig, TaskStatus
+from temporal_async_task import (
+    AsyncTaskComponent,
+    AsyncTaskComponentConfig,
+    TaskResult,
+    TaskStatus,
+    TemporalAsyncTask,
+)
 from temporal_async_task.devserver import DevServer
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
 from temporal_async_task.integrations.sqlalchemy.mixins import state_of
@@ -123,7 +129,7 @@ class Chaos:
                         break
                     await asyncio.sleep(0.2)
                 seen.seconds = time.monotonic() - began
-                await self._compare(sessions, seen)
+                await self._compare(sessions, seen, deadline)
             finally:
                 for process in self._processes.values():
                     process.kill()
@@ -167,7 +173,17 @@ class Chaos:
             await asyncio.sleep(pause)
             self._processes[name].start()
 
-    async def _compare(self, sessions: async_sessionmaker, seen: Seen) -> None:
+    async def _ended(self, task: TemporalAsyncTask[str, str], task_id: str, deadline: float) -> TaskResult[str]:
+        """How a run has ended: after its record, since it waits for the report of it to be acknowledged."""
+        while True:
+            run = await task.get_status(task_id)
+            if run.status in {TaskStatus.COMPLETED, TaskStatus.FAILED} or time.monotonic() > deadline:
+                return run
+            for process in self._processes.values():
+                process.revive()
+            await asyncio.sleep(0.2)
+
+    async def _compare(self, sessions: async_sessionmaker, seen: Seen, deadline: float) -> None:
         component = AsyncTaskComponent(AsyncTaskComponentConfig(temporal_address=self._server.address))
         task = drawing(self._log, 0)
         component.register(task)
@@ -185,7 +201,7 @@ class Chaos:
         for call in calls:
             seen.statuses[call.status] += 1
             seen.attempts[call.attempts] += 1
-            run = await task.get_status(str(call.task_id))
+            run = await self._ended(task, str(call.task_id), deadline)
             own = events.pop(call.task_id, [])
             state = state_after(Event(RecordStatus(event.type), event.at, event.payload) for event in own)
             agrees = (
