@@ -23,6 +23,7 @@ from temporalio.client import Client
 
 from postgres import PrivatePostgres
 from records_app import Base, Call, RecordsProcess, free_port, make_engine
+from support import CallLog
 from temporal_async_task.devserver import DevServer
 from temporal_async_task.integrations.sqlalchemy.backlog import backlog
 
@@ -35,8 +36,10 @@ class Seen:
     seconds: float = 0.0
     most_queued: int = 0
     """Records that were started and had not begun."""
+    most_waiting: int = 0
+    """Runs on the Temporal server that had not called the vendor: those that waited, and some that had a slot."""
     most_in_queue: int = 0
-    """Runs that waited for the worker, as the Temporal server estimates it."""
+    """The server's estimate of it: of workflows and of activities, at moments that may be seconds apart."""
     statuses: Counter[str] = field(default_factory=Counter)
 
 
@@ -52,16 +55,17 @@ async def flood(
         session.add_all([Call(id=f"c{number}", prompt=f"p{number}") for number in range(records)])
     queue = f"flood-{uuid.uuid4().hex[:8]}"
     port = str(free_port())
+    log = CallLog(folder / "calls.log")
     env = {
         "DATABASE_URL": url,
-        "CALL_LOG": str(folder / "calls.log"),
+        "CALL_LOG": str(log.path),
         "PORT": port,
         "CALLBACK_URL": f"http://127.0.0.1:{port}/integrations/reports",
         "TEMPORAL_ADDRESS": address,
         "TEMPORAL_TASK_QUEUE": queue,
         "MAX_BACKLOG": str(max_backlog),
         "SLOTS": str(slots),
-        "LEASE": "3",
+        "LEASE": "3",  # which a dispatcher on a busy machine overruns
     }
     client = await Client.connect(address)
     seen = Seen()
@@ -76,6 +80,9 @@ async def flood(
                 for status, count in counted:
                     seen.statuses[status] = count
             seen.most_queued = max(seen.most_queued, seen.statuses["queued"])
+            started = (await client.count_workflows(f"TaskQueue = '{queue}'")).count
+            begun = len({prompt for _, _, prompt, _ in log.lines()})
+            seen.most_waiting = max(seen.most_waiting, started - begun)
             seen.most_in_queue = max(seen.most_in_queue, await backlog(client, queue))
             seen.looks += 1
             await asyncio.sleep(0.1)
@@ -85,16 +92,16 @@ async def flood(
 
 
 async def _main(kind: str) -> None:
-    limit = 200
+    limit, slots = 200, 10
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         url = f"sqlite+aiosqlite:///{folder}/records.db"
         if kind == "postgresql":
             url = stack.enter_context(PrivatePostgres()).create("records")
         async with DevServer(db_path=folder / "temporal.db") as server:
-            seen = await flood(5000, url, server.address, folder, max_backlog=limit, slots=10, patience=3000)
+            seen = await flood(5000, url, server.address, folder, max_backlog=limit, slots=slots, patience=3000)
     print(kind, seen)  # noqa: T201
-    if seen.most_queued > limit or seen.most_in_queue > limit or seen.statuses != {"completed": 5000}:
+    if seen.most_queued > limit or seen.most_waiting > limit + slots or seen.statuses != {"completed": 5000}:
         sys.exit(1)
 
 

@@ -72,6 +72,4 @@ async def test_a_flood_of_records_waits_in_the_database_and_ends_with_one_slow_w
     seen = await flood(120, database_url, server.address, tmp_path, max_backlog=20, slots=4, patience=120)
     assert seen.statuses == {"completed": 120}, seen
     assert 10 < seen.most_queued <= 20
-    # The server's own, approximate count has been seen over the limit (21 here; 232 of 200 in full), and why is not
-    # known: see the limits in docs/records.md. This bound is what was seen and some room, and no promise.
-    assert seen.most_in_queue <= 20 + 4
+    assert 10 < seen.most_waiting <= 20 + 4  # those in slots may not have called yet
