@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 
+def in_words(error_type: str, message: str) -> str:
+    """An error as it is told: many have no text, and none of those ends in a colon."""
+    return f"{error_type}: {message}" if message else error_type
+
+
 class AsyncTaskError(Exception):
     """The root of all errors of this library."""
 
@@ -132,7 +137,7 @@ class TaskFailedError(AsyncTaskError):
     """
 
     def __init__(self, task_id: str, error_type: str, message: str) -> None:
-        super().__init__(f"Task run {task_id!r} failed: {error_type}: {message}")
+        super().__init__(f"Task run {task_id!r} failed: {in_words(error_type, message)}")
         self.task_id = task_id
         self.error_type = error_type
         self.message = message
@@ -173,7 +178,7 @@ class StepFailedError(AsyncTaskError):
 
     def __init__(self, key: str, attempts: int, error_type: str, message: str) -> None:
         calls = {0: "", 1: " after 1 attempt"}.get(attempts, f" after {attempts} attempts")
-        super().__init__(f"Step {key!r} failed{calls}: {error_type}: {message}")
+        super().__init__(f"Step {key!r} failed{calls}: {in_words(error_type, message)}")
         self.key = key
         self.attempts = attempts
         self.error_type = error_type

@@ -1,6 +1,7 @@
 """What the server alone tells of a run: before, while and after it is worked on, with no worker up."""
 
 import asyncio
+import itertools
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -32,7 +33,9 @@ from temporal_async_task import (
     TemporalAsyncTask,
     async_task,
     progress,
+    sleep,
     step,
+    wait_for,
 )
 
 TICK = timedelta(milliseconds=50)
@@ -254,6 +257,20 @@ async def test_a_run_that_failed_in_a_step_tells_all_with_no_worker_up(app: App)
     ]
     assert in_order(run.created_at, run.started_at, run.steps[1].finished_at, run.completed_at)
     assert run.completed_at is not None
+
+
+@pytest.mark.parametrize("execution", ["workflow"])
+async def test_an_error_without_text_is_told_by_its_name_alone(app: App):
+    async def silent() -> None:
+        raise TimeoutError
+
+    @async_task(retry_policy=NEVER_AGAIN)
+    async def asks(_: None) -> None:
+        await step("ask", silent)
+
+    await app.start(asks)
+    with pytest.raises(TaskFailedError, match=r"StepFailedError: Step 'ask' failed after 1 attempt: TimeoutError$"):
+        await asks.run(None)
 
 
 @on_both
@@ -491,3 +508,65 @@ async def test_the_last_error_of_a_retry_in_the_attempt_is_shown_while_it_goes_o
     run = await status_when(shoot, task_id, lambda run: run.last_error, timeout=2.5)
     assert run.last_error == "VendorError: busy"
     assert (run.current_step, run.steps[0].attempts) == ("flaky", 2)
+
+
+async def watched(task: TemporalAsyncTask[Any, Any], task_id: str) -> list[TaskResult[Any]]:
+    """All that is told of a run, asked for again and again until it has ended."""
+    told = [await task.get_status(task_id)]
+    while not ended(told[-1]):
+        told.append(await task.get_status(task_id))
+    return told
+
+
+@async_task(retry_policy=NEVER_AGAIN)
+async def fails(prompt: str) -> str:
+    picture = await step("generate", generate, prompt)
+    return await step("upload", unavailable, picture)
+
+
+@async_task
+async def completes(prompt: str) -> str:
+    picture = await step("generate", generate, prompt)
+    await sleep("settle", 0.3)
+    return picture
+
+
+@async_task
+async def takes_an_event(prompt: str) -> str:
+    picture = await step("generate", generate, prompt)
+    return picture + await wait_for("approved", result_type=str)
+
+
+async def send_approved(task: TemporalAsyncTask[Any, Any], task_id: str) -> None:
+    await status_when(task, task_id, lambda run: run.current_step == "approved")
+    await task.send(task_id, "approved", ", approved")
+
+
+async def cancel_in_backoff(task: TemporalAsyncTask[Any, Any], task_id: str) -> None:
+    await status_when(task, task_id, backs_off)
+    await task.cancel(task_id, "enough")
+
+
+@pytest.mark.parametrize(
+    ("task", "meanwhile"),
+    [(fails, None), (completes, None), (takes_an_event, send_approved), (stuck, cancel_in_backoff)],
+    ids=["fails", "completes", "takes_an_event", "cancelled"],
+)
+async def test_what_is_told_of_a_run_does_not_go_back(app: App, task: TemporalAsyncTask[Any, Any], meanwhile: Any):
+    """Not for the moment either in which one part of the server has told another, and that has not taken note yet."""
+    await app.start(task)
+
+    async def one() -> list[TaskResult[Any]]:
+        task_id = await task.submit("a cup")
+        acts = asyncio.create_task(meanwhile(task, task_id)) if meanwhile else None
+        told = await watched(task, task_id)
+        if acts:
+            await acts
+        return told
+
+    order = [TaskStatus.PENDING, TaskStatus.PROCESSING, TaskStatus.COMPLETED, TaskStatus.FAILED]
+    for told in await asyncio.gather(*(one() for _ in range(10))):
+        for before, after in itertools.pairwise(told):
+            assert order.index(before.status) <= order.index(after.status), (before, after)
+            assert set(before.completed_steps) <= set(after.completed_steps), (before, after)
+            assert {each.key for each in before.steps} <= {each.key for each in after.steps}, (before, after)

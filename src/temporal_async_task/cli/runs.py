@@ -19,7 +19,7 @@ from temporal_async_task.cli.lookup import find_task, newest, task_of_app
 from temporal_async_task.cli.output import table
 from temporal_async_task.cli.params import fitted, read_params
 from temporal_async_task.cli.view import as_text, run_view, summary
-from temporal_async_task.errors import ResultError, TaskFailedError
+from temporal_async_task.errors import ResultError, TaskFailedError, in_words
 from temporal_async_task.status import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ async def _await_end(output: Output, task: AnyTask, task_id: str, timeout: float
     elif run.status is TaskStatus.COMPLETED and run.error is None:
         output.text(as_text(run.result))
     else:
-        output.say(f"Run {task_id!r} {run.status}: {run.error_type}: {run.error}")
+        output.say(f"Run {task_id!r} {run.status}: {in_words(run.error_type or 'Error', run.error or '')}")
     return _status_of_end(run)
 
 
@@ -194,5 +194,5 @@ def _in_short(run: TaskResult[Any]) -> str:
     """What there is to say of a run, on one line."""
     text = run.last_error or run.current_step or ""
     if run.status is TaskStatus.FAILED:
-        text = f"{run.error_type}: {run.error}"
+        text = in_words(run.error_type or "Error", run.error or "")
     return text.splitlines()[0][:120] if text else ""

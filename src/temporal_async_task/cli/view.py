@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from temporal_async_task.cli.output import printable, styled, table, to_json
+from temporal_async_task.errors import in_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,8 +35,8 @@ def run_view(task_name: str, run: TaskResult[Any]) -> RenderableType:
         head.append(("Last error", run.last_error))
     if run.next_retry_at:
         head.append(("Goes on", _in(run.next_retry_at, now)))
-    if run.error is not None:
-        head.append(("Error", f"{run.error_type}: {run.error}"))
+    if run.error_type is not None:
+        head.append(("Error", in_words(run.error_type, run.error or "")))
     if run.completed_at and run.error is None:
         head.append(("Result", as_text(run.result)))
     parts: list[RenderableType] = [_line(label, value) for label, value in head]
@@ -48,7 +49,7 @@ def run_view(task_name: str, run: TaskResult[Any]) -> RenderableType:
 def summary(run: TaskResult[Any]) -> str:
     """A run on one line, for output that cannot be redrawn."""
     steps = " ".join(f"{step.key}={step.state}" for step in run.steps)
-    told = f"{run.error_type}: {run.error}" if run.error_type else ""
+    told = in_words(run.error_type, run.error or "") if run.error_type else ""
     return printable(" ".join(part for part in (str(run.status), steps, told) if part))
 
 

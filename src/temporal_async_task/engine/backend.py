@@ -19,7 +19,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.describe import completed, failed, failure_of, result_of, running
+from temporal_async_task.engine.describe import completed, failed, failure_of, header_in, header_of, result_of, running
 from temporal_async_task.engine.digest import digest
 from temporal_async_task.engine.journal import ErrorInfo, Journal
 from temporal_async_task.engine.resume import find_remains
@@ -234,10 +234,10 @@ class WorkflowBackend(Backend):
         values = self._values(task_id)
         info = found.workflow_execution_info
         if info.status in _RUNNING:
-            result = None
+            left = None
             if not found.pending_activities and found.HasField("pending_workflow_task"):
-                result = await self._result_so_far(info)
-            return await running(task_id, found, values, result)
+                left = await self._left_by_the_activity(info)
+            return await running(task_id, found, values, left)
         return await self._ended(task, task_id, found, values)
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
@@ -256,16 +256,19 @@ class WorkflowBackend(Backend):
         outcome = await result_of(result, values, task.result_type)
         return TaskResult(task_id=task_id, status=TaskStatus.COMPLETED, **outcome)
 
-    async def _result_so_far(self, info: WorkflowExecutionInfo) -> Payload | None:
-        """What the activity returned, of a run whose workflow has not taken it yet."""
+    async def _left_by_the_activity(self, info: WorkflowExecutionInfo) -> Sequence[Payload] | None:
+        """The journal's header, if the run's activity has ended and its workflow has yet to take note of it."""
         if info.history_length < _ENDING:
             return None
         handle = self._client.get_workflow_handle(info.execution.workflow_id, run_id=info.execution.run_id)
-        result = None
+        left = None
         async for event in handle.fetch_history_events():
-            for payload in event.activity_task_completed_event_attributes.result.payloads:
-                result = payload
-        return result
+            if event.HasField("activity_task_completed_event_attributes"):
+                result = event.activity_task_completed_event_attributes.result.payloads
+                left = header_of(result[0]) if result else ()
+            elif event.HasField("activity_task_failed_event_attributes"):
+                left = header_in(event.activity_task_failed_event_attributes.failure)
+        return left
 
     async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
         clauses = f"{of_type('WorkflowType', task)} AND ExecutionStatus != 'ContinuedAsNew'"

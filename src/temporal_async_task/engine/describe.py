@@ -44,16 +44,16 @@ _CANCELLED_BY_THE_SERVER = {
 
 
 async def running(
-    task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues, result: Payload | None
+    task_id: str, found: DescribeWorkflowExecutionResponse, values: PayloadValues, left: Sequence[Payload] | None
 ) -> TaskResult[Any]:
-    """A run that has not ended. ``result`` is its activity's, if the workflow has yet to take it."""
+    """A run that has not ended. ``left`` is its activity's header, if that has ended and the workflow does not know."""
     info = found.workflow_execution_info
     activity = task_activity(found)
     held = info.memo.fields.get(wire.MEMO_JOURNAL)
-    details = activity.heartbeat_details.payloads[:1] if activity else _header_of(result)
+    details = activity.heartbeat_details.payloads[:1] if activity else left or ()
     journal = await _journal(details or ([held] if held else []), values)
-    if activity is None:  # the workflow holds the journal, or takes the result, or has not begun yet
-        status = TaskStatus.PROCESSING if held or result is not None else TaskStatus.PENDING
+    if activity is None:  # the workflow holds the journal, or takes the outcome, or has not begun yet
+        status = TaskStatus.PROCESSING if held or left is not None else TaskStatus.PENDING
         due = min((record.due for record in journal if record.due is not None), default=None)
         return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
     begun = bool(held) or (activity.attempt > 1 and not _is_untouched(details))
@@ -113,7 +113,7 @@ async def completed(
     task_id: str, info: _Info, result: Payload, values: PayloadValues, result_type: Any
 ) -> TaskResult[Any]:
     """A run that ended with a result."""
-    journal = await _journal(_header_of(result), values)
+    journal = await _journal(header_of(result), values)
     outcome = await result_of(result, values, result_type)
     return _picture(task_id, TaskStatus.COMPLETED, info, journal, completed_at=_time(info.close_time), **outcome)
 
@@ -133,7 +133,7 @@ async def failed(
     info = found.workflow_execution_info
     plain = await values.plain_failure(failure)
     error_type = _ENDED_WITHOUT_CODE.get(info.status) or plain.application_failure_info.type or "Error"
-    header = failure.application_failure_info.details.payloads[:1]
+    header = header_in(failure)
     if not header and (activity := task_activity(found)) is not None:  # ended from outside: it is where it was
         header = activity.heartbeat_details.payloads[:1]
     held = info.memo.fields.get(wire.MEMO_JOURNAL)
@@ -184,14 +184,17 @@ def failure_of(error: WorkflowFailureError) -> Failure:
     return Failure(message=str(cause))
 
 
-def _header_of(result: Payload | None) -> list[Payload]:
+def header_of(result: Payload) -> Sequence[Payload]:
     """The journal's header that came with an activity's result."""
-    if result is None:
-        return []
     if wire.hold_of(result) is not None:
         return wire.unpack(result)[:1]
     header = result.metadata.get(wire.RESULT_JOURNAL)
     return [Payload.FromString(header)] if header else []
+
+
+def header_in(failure: Failure) -> Sequence[Payload]:
+    """The journal's header that came with an activity's failure."""
+    return failure.application_failure_info.details.payloads[:1]
 
 
 async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:

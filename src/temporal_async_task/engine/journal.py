@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from temporal_async_task.errors import PayloadTooLargeError
+from temporal_async_task.errors import PayloadTooLargeError, in_words
 from temporal_async_task.status import StepState
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ErrorInfo(NamedTuple):
         return cls(error_type, text if len(text) <= _MAX_ERROR_TEXT else text[:_MAX_ERROR_TEXT] + "…")
 
     def __str__(self) -> str:
-        return f"{self.type}: {self.message}" if self.message else self.type
+        return in_words(self.type, self.message)
 
 
 class Snapshot(NamedTuple):

@@ -21,6 +21,7 @@ from temporal_async_task.errors import (
     TaskConflictError,
     TaskNotFoundError,
     TaskNotRegisteredError,
+    in_words,
 )
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
 from temporal_async_task.integrations.reports import utc_now
@@ -253,7 +254,7 @@ async def _resumed(task: Any, task_id: str) -> bool:
 
 def _refused(claim: Claim, error_type: str, error: str) -> Settled:
     """A record that cannot be submitted fails, and is in nobody's way."""
-    payload = {"error": f"{error_type}: {error}"[:4000], "error_type": error_type, "retryable": False}
+    payload = {"error": in_words(error_type, error)[:4000], "error_type": error_type, "retryable": False}
     return Settled(claim, Event(RecordStatus.FAILED, utc_now(), payload))
 
 
