@@ -10,10 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from performance.conduct import QUICK, TINY, Benchmark, Sizes
+from performance.conduct import Benchmark
 from performance.registry import VARIANTS
 from performance.report import targets, text_table
 from performance.results import QUESTIONS, Results
+from performance.sizes import QUICK, TINY, Sizes
 
 _RESULTS = Path("benchmarks/results.json")
 

@@ -31,8 +31,25 @@ async def call(n: int) -> str:
 
 async def hold(seconds: float) -> str:
     """A call that takes its time."""
+    if _counter is not None:
+        _counter.add()
     await asyncio.sleep(seconds)
     return "held"
+
+
+class BusyError(Exception):
+    """What ``fail`` raises."""
+
+
+async def fail(n: int) -> str:
+    """A call that is answered with an error."""
+    raise BusyError(await call(n))
+
+
+async def look(n: int) -> str | None:
+    """A call that asks whether something is ready, and never is told so."""
+    await call(n)
+    return None
 
 
 async def hang_once(run: str) -> str:

@@ -5,112 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from performance import calls, services
-from performance.place import Place, calls_made
-from performance.processes import BenchmarkError, LoadProcess, WorkerProcess, cpu_seconds, environment, memory
+from performance.drain import drain
+from performance.place import Place
+from performance.processes import BenchmarkError, cpu_seconds, environment, memory, until
 from performance.registry import BASE, OURS, VARIANTS, Variant
 from performance.results import Results, machine, versions
+from performance.running import Running
 from performance.services import SERVICES, Service, UnavailableError
+from performance.sizes import Sizes
 from performance.variants import base
 from performance.variants.ours import has_standalone
+from performance.waiting import memory_of_waiting
 
 _TEMPORAL_STARTS = {"workflow": BASE, "standalone": "floor-standalone"}
 """What `submit` is held against: the SDK's own start call for the same thing."""
-_LONGEST_PEERS = (*OURS, BASE, "dbos-postgres", "restate")
-_DRAINED = (*OURS, BASE, "queue")
-_KB = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much of everything."""
-
-    rounds: int = 5
-    tasks: int = 300
-    in_flight: int = 50
-    one_by_one: int = 40
-    submits: int = 100
-    asks: int = 30
-    long: int = 500
-    longest: int = 5000
-    fan: int = 500
-    waiting: int = 300
-    wait: int = 12
-    """Seconds that the tasks wait whose memory is measured."""
-    drained: int = 10_000
-    drained_by: tuple[int, ...] = (1, 2, 4)
-    """Worker processes."""
-    engine: int = 400
-
-
-QUICK = Sizes(
-    rounds=2,
-    tasks=60,
-    one_by_one=10,
-    submits=15,
-    asks=8,
-    long=50,
-    longest=500,
-    fan=50,
-    waiting=50,
-    wait=6,
-    drained=300,
-    engine=60,
-)
-TINY = Sizes(
-    rounds=1,
-    tasks=12,
-    in_flight=6,
-    one_by_one=3,
-    submits=3,
-    asks=2,
-    long=10,
-    longest=20,
-    fan=5,
-    waiting=5,
-    wait=1,
-    drained=40,
-    drained_by=(1,),
-    engine=10,
-)
-
-
-class Running:
-    """One variant with its processes."""
-
-    def __init__(self, variant: Variant, place: Place, service: Service) -> None:
-        self.variant = variant
-        self.name = variant.name
-        self.place = place
-        self.service = service
-        self.load = LoadProcess(place)
-        self.worker = WorkerProcess(place)
-        self.kinds: list[str] = []
-        self.has_status = False
-
-    async def start(self) -> None:
-        await self.load.start()
-        if self.variant.server == "restate":
-            await services.register_with_restate(self.service, self.place.extra)
-        abilities = await self.load.tell("abilities")
-        self.kinds, self.has_status = abilities["kinds"], abilities["has_status"]
-        for kind, n in ((base.CALL, 1), (base.CHAIN, 5)):
-            await self.load.tell("throughput", 120, kind=kind, n=n, tasks=30, in_flight=10)
-
-    async def stop(self) -> None:
-        await self.load.stop()
-        await asyncio.to_thread(self.worker.stop)
-
-    def restart_worker(self) -> None:
-        self.worker = WorkerProcess(self.place)
+_DRAINED = (*OURS, BASE, "dbos-postgres", "queue")
+"""Not the floors, and not DBOS on SQLite, which is not for several workers. Restate pushes, and keeps no queue."""
+_IDLE = 3.0  # seconds
+_HOLD = 3.0  # seconds that a task runs of which the status is asked
+_MB = 1024 * 1024
 
 
 class Benchmark:
@@ -123,6 +46,7 @@ class Benchmark:
         self._wanted = [VARIANTS[name] for name in variants]
         self._questions = set(questions)
         self._running: list[Running] = []
+        self._idle: dict[int, float] = {}
         self._began = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -134,16 +58,21 @@ class Benchmark:
             await self._set_up(stack)
             for number in range(1, self.sizes.rounds + 1):
                 self.say(f"round {number} of {self.sizes.rounds}")
-                await self._round()
-            for question in ("longest", "memory", "drain"):
+                await self._round(random.Random(number))  # noqa: S311 - the same in each run
+            for question in ("resume", "longest", "drain", "memory"):  # memory is last: its tasks are left behind
                 if question in self._questions:
                     self.say(question)
-                    await getattr(self, f"_{question}")()
+                    with self._timed(question):
+                        await getattr(self, f"_{question}")()
         self.results.add_p99()
         return self.results
 
-    async def _round(self) -> None:
-        """Each question of each variant in turn, so that what the machine does meanwhile meets all alike."""
+    async def _round(self, chance: random.Random) -> None:
+        """Each question of each variant in turn, so that what the machine does meanwhile meets all alike.
+
+        They take turns in another order each time, so that none always comes after the same other one.
+        """
+        await self._look_at_idle()
         questions: dict[str, Callable[[Running], Awaitable[None]]] = {
             "throughput": self._throughput,
             "latency": self._latency,
@@ -155,14 +84,37 @@ class Benchmark:
         }
         for question, ask in questions.items():
             if question in self._questions:
-                for running in self._running:
-                    await self._ask(question, running, ask)
+                with self._timed(question):
+                    for running in chance.sample(self._running, len(self._running)):
+                        await self._ask(question, running, ask)
         if "submit" in self._questions:
-            await self._submit_pairs()
+            with self._timed("submit"):
+                await self._submit_pairs()
         if "engine" in self._questions:
-            await self._engine()
-        if "resume" in self._questions:
-            await asyncio.gather(*(self._ask("resume", running, self._resume) for running in self._running))
+            with self._timed("engine"):
+                await self._engine()
+
+    @contextlib.contextmanager
+    def _timed(self, question: str) -> Generator[None]:
+        """Note how long a question takes, of all variants and rounds."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.results.seconds[question] = self.results.seconds.get(question, 0) + time.monotonic() - began
+
+    async def _look_at_idle(self) -> None:
+        """What workers and servers use while none has anything to do."""
+        if "throughput" not in self._questions:
+            return
+        pids = {running.worker.pid: running.name for running in self._running}
+        servers = {running.service.pid for running in self._running if running.service.pid is not None}
+        before = {pid: cpu_seconds(pid) for pid in (*pids, *servers)}
+        began = time.monotonic()
+        await asyncio.sleep(_IDLE)
+        self._idle = {pid: (cpu_seconds(pid) - used) / (time.monotonic() - began) for pid, used in before.items()}
+        for pid, name in pids.items():
+            self.results.add("worker-cpu-idle", name, self._idle[pid] * 1e3)
 
     async def _ask(self, question: str, running: Running, ask: Callable[[Running], Awaitable[None]]) -> None:
         try:
@@ -183,9 +135,12 @@ class Benchmark:
                 folder = self._folder / f"server-{variant.server}"
                 folder.mkdir()
                 try:
-                    found[variant.server] = await stack.enter_async_context(SERVICES[variant.server](folder))
+                    service = await stack.enter_async_context(SERVICES[variant.server](folder))
                 except UnavailableError as error:
                     found[variant.server] = str(error)
+                else:
+                    found[variant.server] = service
+                    self.results.servers.append(service.version)
             service = found[variant.server]
             if isinstance(service, str):
                 self.results.left_out[variant.name] = service
@@ -209,6 +164,7 @@ class Benchmark:
             self.results.left_out[variant.name] = str(error)
             return
         self._running.append(running)
+        self.results.add("memory-worker", running.name, memory(running.worker.pid) / _MB)
         self.results.variants[variant.name] = {"title": variant.title, "durability": variant.durability}
         self.say(f"ready: {variant.name}")
 
@@ -224,9 +180,10 @@ class Benchmark:
             answer = await running.load.tell(
                 "throughput", kind=kind, n=n, tasks=tasks, in_flight=min(self.sizes.in_flight, tasks)
             )
-            used[figure] = [
-                (cpu_seconds(pid) - earlier) / tasks * 1e3 for pid, earlier in zip(pids, before, strict=True)
-            ]
+            seconds = [cpu_seconds(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
+            # What the server does for the idle workers of the other variants is not for this one to pay.
+            seconds[1] -= self._idle.get(running.service.pid or 0, 0.0) * answer["seconds"]
+            used[figure] = [each / tasks * 1e3 for each in seconds]
             self.results.add(figure, running.name, tasks / answer["seconds"])
             if figure == "throughput-1":
                 self.results.add_latencies("loaded", running.name, answer["latencies"])
@@ -252,15 +209,14 @@ class Benchmark:
         places = {running.name: running.place for running in self._running}
         for name, other in _TEMPORAL_STARTS.items():
             if name in places and other in places:
-                times = await _python(
-                    "performance.pairs", places[name].to_json(), places[other].to_json(), str(self.sizes.submits)
+                ratio = await _python(
+                    "performance.pairs", places[name].to_json(), places[other].to_json(), str(self.sizes.pairs)
                 )
-                ratio = statistics.median(times[0]) / statistics.median(times[1])
                 self.results.add("submit-ratio", name, ratio)
 
     async def _status(self, running: Running) -> None:
         if running.has_status:
-            answer = await running.load.tell("status", asks=self.sizes.asks, hold=2)
+            answer = await running.load.tell("status", asks=self.sizes.asks, hold=_HOLD)
             for when in ("running", "finished"):
                 self.results.add(f"status-{when}", running.name, statistics.median(answer[when]) * 1e3)
 
@@ -282,11 +238,11 @@ class Benchmark:
 
     @staticmethod
     def _has_steps(running: Running) -> bool:
-        return base.FAN in running.kinds or running.name.startswith("floor")
+        return base.FAN in running.kinds
 
     async def _longest(self) -> None:
         for running in self._running:
-            if running.name in _LONGEST_PEERS:
+            if self._has_steps(running):
                 await self._ask("longest", running, self._longest_of)
 
     async def _longest_of(self, running: Running) -> None:
@@ -299,11 +255,17 @@ class Benchmark:
 
     async def _engine(self) -> None:
         if any(running.name in OURS for running in self._running):
-            figures = await _python("performance.engine", "--count", str(self.sizes.engine))
+            figures = await _python("performance.engine", "--count", str(self.sizes.engine), "--rounds", "3")
             for figure, value in figures.items():
-                self.results.add(figure, "workflow", value)
+                self.results.add(figure, "workflow", value["median"])
 
-    async def _resume(self, running: Running) -> None:
+    async def _resume(self) -> None:
+        """One variant after the other: two workers that start at once would keep each other waiting."""
+        for _ in range(self.sizes.rounds):
+            for running in self._running:
+                await self._ask("resume", running, self._resume_of)
+
+    async def _resume_of(self, running: Running) -> None:
         """Kill the worker in the middle of a step, and start another at once, as a supervisor would."""
         if base.CRASH not in running.kinds:
             return
@@ -311,78 +273,36 @@ class Benchmark:
         await asyncio.to_thread(running.worker.kill)
         killed = time.time()
         running.restart_worker()
-        while len(made := calls.times_made(running.place.folder, task)) < 2:  # noqa: PLR2004 - the second call
-            if time.time() - killed > 90:  # noqa: PLR2004 - seconds
-                raise BenchmarkError("its step was not called again in 90 s")
-            await asyncio.sleep(0.02)
-        self.results.add("resume", running.name, made[1] - killed)
+
+        def made() -> list[float]:
+            return calls.times_made(running.place.folder, task)
+
+        await until(lambda: len(made()) > 1, f"the step of {running.name} was not called again", 90)
+        self.results.add("resume", running.name, made()[1] - killed)
         await running.load.tell("finish", 60)
 
-    async def _memory(self) -> None:
-        figures = {
-            "memory-in-flight": base.HOLD,
-            "memory-sleep": base.SLEEP,
-            "memory-backoff": base.BACKOFF,
-            "memory-poll": base.POLL,
-        }
-        for figure, kind in figures.items():
-            await asyncio.gather(
-                *(
-                    self._ask("memory", running, lambda running: self._memory_of(running, figure, kind))  # noqa: B023
-                    for running in self._running
-                    if kind in running.kinds
-                )
-            )
-
-    async def _memory_of(self, running: Running, figure: str, kind: str) -> None:
-        """What a worker's memory grows by, while as many tasks are held as have been held before."""
-        tasks, seconds = self.sizes.waiting, self.sizes.wait
-        if figure != "memory-in-flight":  # the allocator has grown before; what is measured is what stays occupied
-            await self._held(running, kind, tasks, 1)
-        before = memory(running.worker.pid)
-        await running.load.tell("begin", kind=kind, n=seconds, tasks=tasks)
-        await asyncio.sleep(seconds * 0.6)
-        grown = memory(running.worker.pid) - before
-        await running.load.tell("finish")
-        self.results.add(figure, running.name, grown / tasks / _KB)
-
-    @staticmethod
-    async def _held(running: Running, kind: str, tasks: int, seconds: int) -> None:
-        await running.load.tell("begin", kind=kind, n=seconds, tasks=tasks)
-        await running.load.tell("finish")
-
     async def _drain(self) -> None:
-        for workers in self.sizes.drained_by:
+        for running in self._running:
+            if running.name in _DRAINED:
+                await self._ask("drain", running, self._drain_of)
+
+    async def _drain_of(self, running: Running) -> None:
+        place = self._place(running.variant, running.service, "-drain")
+        async with contextlib.aclosing(drain(place, self.sizes)) as rates:
+            async for workers, rate in rates:
+                self.results.add(f"drain-{workers}", running.name, rate)
+
+    async def _memory(self) -> None:
+        """All variants at once: what is counted does not depend on how busy the machine is."""
+        async with asyncio.TaskGroup() as group:
             for running in self._running:
-                if running.name in _DRAINED:
-                    await self._ask("drain", running, lambda running: self._drain_by(running, workers))  # noqa: B023
+                group.create_task(self._ask("memory", running, self._memory_of))
 
-    async def _drain_by(self, running: Running, count: int) -> None:
-        """Queue tasks that nobody works on yet, start workers, and time the middle of what they do."""
-        place = self._place(running.variant, running.service, f"-drain-{count}")
-        load = LoadProcess(place)
-        workers: list[WorkerProcess] = []
-        await load.start()
-        try:
-            await load.tell("begin", kind=base.CALL, n=1, tasks=self.sizes.drained)
-            workers += [WorkerProcess(place) for _ in range(count)]
-            marks = [await _when(place, int(self.sizes.drained * part)) for part in (0.1, 0.95)]
-            (calls_first, first), (calls_last, last) = marks
-            self.results.add(f"drain-{count}", running.name, (calls_last - calls_first) / (last - first))
-        finally:
-            for worker in workers:
-                await asyncio.to_thread(worker.stop)
-            await load.stop()
-
-
-async def _when(place: Place, calls_wanted: int) -> tuple[int, float]:
-    """Wait for so many calls; how many there are then, and when."""
-    deadline = time.monotonic() + 300
-    while (made := calls_made(place.folder)) < calls_wanted:
-        if time.monotonic() > deadline:
-            raise BenchmarkError(f"only {made} of {calls_wanted} tasks were run in 300 s")
-        await asyncio.sleep(0.02)
-    return made, time.monotonic()
+    async def _memory_of(self, running: Running) -> None:
+        found = memory_of_waiting(running, self.sizes, cached=running.name == "workflow")
+        async with contextlib.aclosing(found) as figures:
+            async for figure, kilobytes in figures:
+                self.results.add(figure, running.name, kilobytes)
 
 
 async def _python(module: str, *arguments: str) -> Any:

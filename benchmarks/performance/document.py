@@ -15,10 +15,10 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from performance.conduct import Sizes
 from performance.registry import OURS
 from performance.report import number, rows, targets
 from performance.results import FIGURES, Results
+from performance.sizes import Sizes
 
 PAGE = Path("docs/performance.md")
 IMAGES = Path("docs/images/performance")
@@ -33,8 +33,23 @@ TABLES: dict[str, Sequence[str]] = {
     "status": ("status-running", "status-finished"),
     "steps": ("steps-in-a-row", "task-500", "task-5000", "growth"),
     "fan": ("fan-500",),
-    "cost": ("worker-cpu-task", "server-cpu-task", "client-cpu-task", "worker-cpu-step", "server-cpu-step"),
-    "memory": ("memory-in-flight", "memory-sleep", "memory-backoff", "memory-poll"),
+    "cost": (
+        "worker-cpu-task",
+        "server-cpu-task",
+        "client-cpu-task",
+        "worker-cpu-step",
+        "server-cpu-step",
+        "worker-cpu-idle",
+    ),
+    "memory": (
+        "memory-in-flight",
+        "memory-sleep",
+        "memory-backoff",
+        "memory-poll",
+        "memory-beyond",
+        "memory-ended",
+        "memory-worker",
+    ),
     "drain": ("drain-1", "drain-2", "drain-4"),
     "resume": ("resume",),
     "engine": ("engine-task", "engine-step", "engine-sync-step", "rules-step"),
@@ -60,7 +75,7 @@ def _machine(results: Results) -> str:
     left_out = [[name, " ".join(reason.split())[:200]] for name, reason in results.left_out.items()]
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}, Python {facts['python']}; {facts['measured']}, "
-        f"load before {facts['load_before']}.\n{versions}.\nSizes: {sizes}.\n"
+        f"load before {facts['load_before']}.\n{versions}.\nServers: {'; '.join(results.servers)}.\nSizes: {sizes}.\n"
         + ("\n" + markdown([["left out", "why"], *left_out]) if left_out else "")
     )
 

@@ -1,8 +1,8 @@
 """What the library itself costs a worker, on a server in memory that answers at once.
 
 The whole way of an attempt is taken: the activity, both event loops, the runner, the writer, its protobuf messages.
-Left out are the SDK's core, gRPC and the server. ``python -m performance.engine`` prints the figures as JSON;
-``--profile`` shows where the time of both event loops goes.
+Left out are the SDK's core, gRPC and the server. ``python -m performance.engine`` prints the figures as JSON, in
+microseconds; ``--profile`` shows where the time of both event loops goes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import argparse
 import asyncio
 import cProfile
 import dataclasses
+import functools
+import gc
 import json
 import pstats
+import statistics
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -114,33 +117,53 @@ class Worker:
 
 
 async def _cost(work: Callable[[], Awaitable[Any]], count: int) -> float:
-    """Microseconds of this process's CPU a call, many of them at once."""
+    """Microseconds of this process's CPU, of all its threads, a call; many of them at once."""
     slots = asyncio.Semaphore(_AT_ONCE)
 
     async def one() -> None:
         async with slots:
             await work()
 
+    gc.collect()
     before = time.process_time()
     await asyncio.gather(*(one() for _ in range(count)))
     return (time.process_time() - before) / count * 1e6
 
 
-async def measure(count: int) -> dict[str, float]:
-    """One round: tasks without steps, and with five; the difference is the steps'."""
+def _works(worker: Worker) -> dict[tuple[str, int], Callable[[], Awaitable[Any]]]:
+    """What is measured, without steps and with five: the difference is the steps'."""
+    works: dict[tuple[str, int], Callable[[], Awaitable[Any]]] = {}
+    for steps in (0, _STEPS):
+        for task in TASKS:
+            works[task, steps] = functools.partial(worker.attempt, task, steps)
+        works["rules", steps] = functools.partial(TASKS["chain"], steps)
+    return works
+
+
+async def measure(count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The figures: median, lowest and highest of the rounds. In each, everything has its turn, in changing order."""
     worker = Worker()
-    costs: dict[tuple[str, int], float] = {}
-    for task in TASKS:
-        for steps in (0, _STEPS):
-            await _cost(lambda: worker.attempt(task, steps), max(count // 5, 5))  # noqa: B023 - awaited here
-            costs[task, steps] = await _cost(lambda: worker.attempt(task, steps), count)  # noqa: B023
-    rules = [await _cost(lambda: TASKS["chain"](steps), count) for steps in (0, _STEPS)]  # noqa: B023
+    works = _works(worker)
+    costs: dict[tuple[str, int], list[float]] = {key: [] for key in works}
+    for work in works.values():
+        await _cost(work, max(count // 2, 5))
+    for number in range(rounds):
+        for key in list(works) if number % 2 else reversed(works):
+            costs[key].append(await _cost(works[key], count))
     worker.loops.stop()
-    return {
+
+    def of_a_step(name: str) -> list[float]:
+        return [(five - none) / _STEPS for none, five in zip(costs[name, 0], costs[name, _STEPS], strict=True)]
+
+    found = {
         "engine-task": costs["chain", 0],
-        "engine-step": (costs["chain", _STEPS] - costs["chain", 0]) / _STEPS,
-        "engine-sync-step": (costs["sync", _STEPS] - costs["sync", 0]) / _STEPS,
-        "rules-step": (rules[1] - rules[0]) / _STEPS,
+        "engine-step": of_a_step("chain"),
+        "engine-sync-step": of_a_step("sync"),
+        "rules-step": of_a_step("rules"),
+    }
+    return {
+        figure: {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+        for figure, samples in found.items()
     }
 
 
@@ -148,6 +171,7 @@ async def profile(count: int) -> None:
     """Print where the time of the SDK's loop and of the users' loop goes."""
     worker = Worker()
     profiles = cProfile.Profile(), cProfile.Profile()
+    await _cost(lambda: worker.attempt("chain", _STEPS), count)
     user_loop = worker.loops.pick()
     user_loop.call_soon(profiles[1].enable)
     profiles[0].enable()
@@ -163,13 +187,14 @@ async def profile(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=400, help="tasks")
+    parser.add_argument("--count", type=int, default=200, help="tasks of each kind in a round; default: 200")
+    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     if options.profile:
         asyncio.run(profile(options.count))
     else:
-        print(json.dumps(asyncio.run(measure(options.count))))
+        print(json.dumps(asyncio.run(measure(options.count, options.rounds)), indent=1))
 
 
 if __name__ == "__main__":

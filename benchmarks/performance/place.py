@@ -28,6 +28,10 @@ class Place:
     """A second address, or whatever else the variant needs."""
     queue: str = "benchmark"
     slots: int = SLOTS
+    executor: str = "benchmark"
+    """DBOS: who runs what it runs. Started again, a worker recovers what was its own."""
+    gate: str = ""
+    """A file without which the worker does not begin: so that several begin at once."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -52,6 +56,7 @@ class CallCounter:
         _COUNT.pack_into(self._memory, 0, self._calls)
 
 
-def calls_made(folder: str) -> int:
-    """The calls of all worker processes that have ever used the folder."""
-    return sum(_COUNT.unpack(path.read_bytes())[0] for path in Path(folder).glob("calls-*"))
+def calls_made(folder: str, pid: int | None = None) -> int:
+    """The calls of one worker process, or of all that have ever used the folder."""
+    name = "calls-*" if pid is None else f"calls-{pid}"
+    return sum(_COUNT.unpack(path.read_bytes())[0] for path in Path(folder).glob(name))

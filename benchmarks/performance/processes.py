@@ -9,10 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from performance.place import Place
+from performance.place import Place, calls_made
 
 _ROOT = Path(__file__).parent.parent
 _ANSWER_LIMIT = 2**24  # bytes
@@ -23,26 +25,72 @@ class BenchmarkError(Exception):
     """A process of the benchmark did not do what it was told."""
 
 
+async def until(condition: Callable[[], bool], otherwise: str, timeout: float = 300.0) -> None:
+    """Wait for a condition.
+
+    Args:
+        condition: Asked again and again.
+        otherwise: What it means if it does not come true.
+        timeout: Seconds.
+
+    Raises:
+        BenchmarkError: It does not come true.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise BenchmarkError(f"{otherwise} ({timeout:.0f} s)")
+        await asyncio.sleep(0.01)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+EXACT_MEMORY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""The environment of a worker whose memory is asked for: all of it by one allocator, which sees what is freed."""
 
 
 class WorkerProcess:
     """A worker, and the log of what it says."""
 
-    def __init__(self, place: Place) -> None:
-        self._log = (Path(place.folder) / "worker.log").open("ab")
+    def __init__(self, place: Place, **variables: str) -> None:
+        self._folder = Path(place.folder)
+        self._log = (self._folder / "worker.log").open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "performance.worker", place.to_json()],
-            env=environment(),
+            env={**environment(), **variables},
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
         )
 
+        self._counter = self._folder / f"calls-{self.pid}"
+
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    async def live_bytes(self) -> int:
+        """What it has allocated and not freed.
+
+        Raises:
+            BenchmarkError: It does not say.
+        """
+        answer = self._folder / f"live-{self.pid}"
+        answer.unlink(missing_ok=True)
+        assert self.process.stdin is not None  # noqa: S101 - it was asked for
+        self.process.stdin.write(b"m")
+        self.process.stdin.flush()
+        await until(answer.exists, "a worker does not say how much memory it has allocated")
+        return int(answer.read_text())
+
+    def is_up(self) -> bool:
+        """Whether it could begin, but for its gate."""
+        return self._counter.exists()
+
+    def has_worked(self) -> bool:
+        return calls_made(str(self._folder), self.pid) > 0
 
     def kill(self) -> None:
         """End it as a crash would; and the processes that it has started."""

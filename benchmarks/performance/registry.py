@@ -35,7 +35,7 @@ _ALL = (
         "performance.variants.dbos_peer",
         "DBOSPeer",
         "sqlite",
-        "SQLite file, DBOS's own settings",
+        "SQLite file, DBOS's own settings: rollback journal, synchronous=full, fsync at every commit",
     ),
     Variant(
         "dbos-postgres",
@@ -51,7 +51,7 @@ _ALL = (
         "performance.variants.restate_peer",
         "RestatePeer",
         "restate",
-        "one node, its own log on disk, Restate's defaults",
+        "one node, its own log on disk, Restate's defaults: fsync, of many writes together",
     ),
     Variant(
         "queue",

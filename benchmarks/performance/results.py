@@ -37,6 +37,7 @@ _ALL = (
     Figure("server-cpu-task", "CPU of the server for a task of one call", "ms", "throughput"),
     Figure("server-cpu-step", "CPU of the server for each further step", "ms", "throughput"),
     Figure("client-cpu-task", "CPU of the client that submits one call and waits", "ms", "throughput"),
+    Figure("worker-cpu-idle", "CPU of a worker with nothing to do, in a second", "ms", "throughput"),
     Figure("idle-p50", "one call, one at a time: submit to result, p50", "ms", "latency"),
     Figure("idle-p99", "one call, one at a time: submit to result, p99", "ms", "latency"),
     Figure("idle-5-p50", "five steps, one at a time: submit to result, p50", "ms", "latency"),
@@ -49,10 +50,13 @@ _ALL = (
     Figure("task-5000", "a task of 5,000 steps", "s", "longest"),
     Figure("growth", "cost of a step in 5,000 against one in 500", "x", "longest"),
     Figure("fan-500", "500 steps at once in one task", "s", "fan"),
+    Figure("memory-worker", "memory of a worker that has just done its first tasks", "MB", "memory"),
     Figure("memory-in-flight", "memory of the worker for a task in flight", "KB", "memory"),
+    Figure("memory-ended", "memory of the worker for a task that has ended", "KB", "memory"),
     Figure("memory-sleep", "memory of the worker for a task that sleeps", "KB", "memory"),
     Figure("memory-backoff", "memory of the worker for a task in backoff", "KB", "memory"),
     Figure("memory-poll", "memory of the worker for a task between two polls", "KB", "memory"),
+    Figure("memory-beyond", "the same, of a task that sleeps, beyond 1,000 tasks", "KB", "memory"),
     Figure("drain-1", "many queued, drained by 1 worker", "tasks/s", "drain", more_is_better=True),
     Figure("drain-2", "many queued, drained by 2 workers", "tasks/s", "drain", more_is_better=True),
     Figure("drain-4", "many queued, drained by 4 workers", "tasks/s", "drain", more_is_better=True),
@@ -88,6 +92,10 @@ class Results:
     sizes: dict[str, Any] = field(default_factory=dict[str, Any])
     versions: dict[str, str] = field(default_factory=dict[str, str])
     variants: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    servers: list[str] = field(default_factory=list[str])
+    """What they say of their versions."""
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """How long each question took, of all variants and rounds together."""
     left_out: dict[str, str] = field(default_factory=dict[str, str])
     """Variants, and figures of variants, that were not measured, and why."""
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict[str, dict[str, list[float]]])

@@ -11,11 +11,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -35,6 +37,7 @@ class Service:
     """A server that runs."""
 
     address: str
+    version: str
     pid: int | None = None
     """None: it is a file."""
     extra: str = ""
@@ -45,13 +48,13 @@ class Service:
 async def temporal(folder: Path) -> AsyncIterator[Service]:
     """The dev server, with a database file: the engine of all Temporal variants."""
     async with DevServer(folder / "temporal.db", log_path=folder / "temporal.log") as server:
-        yield Service(server.address, server.pid)
+        yield Service(server.address, _version("temporal"), server.pid)
 
 
 @contextlib.asynccontextmanager
 async def sqlite(folder: Path) -> AsyncIterator[Service]:
     """No server: a database file."""
-    yield Service(f"sqlite:///{folder / 'dbos.sqlite'}")
+    yield Service(f"sqlite:///{folder / 'dbos.sqlite'}", f"SQLite {sqlite3.sqlite_version}")
 
 
 @contextlib.asynccontextmanager
@@ -76,7 +79,7 @@ async def postgres(folder: Path) -> AsyncIterator[Service]:
     await asyncio.to_thread(_check, command)
     command = [*prefix, server, "-D", str(data), "-p", str(port), "-h", _HOST, "-k", ""]
     async with _running(command, folder / "postgres.log", port) as process:
-        yield Service(f"postgresql://bench@{_HOST}:{port}/benchmark", process.pid)
+        yield Service(f"postgresql://bench@{_HOST}:{port}/benchmark", _version(server), process.pid)
 
 
 @contextlib.asynccontextmanager
@@ -91,11 +94,12 @@ async def redis(folder: Path) -> AsyncIterator[Service]:
         env["LD_LIBRARY_PATH"] = ":".join(libraries)
     if shutil.which(binary) is None:
         raise UnavailableError("there is no redis-server, and Debian's package could not be had")
+    version = _version("redis-server", executable=binary, env=env)
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", _HOST, "--dir", str(folder), "--save", ""]
     command += ["--appendonly", "yes", "--appendfsync", "everysec"]
     async with _running(command, folder / "redis.log", port, env=env, executable=binary) as process:
-        yield Service(f"redis://{_HOST}:{port}", process.pid)
+        yield Service(f"redis://{_HOST}:{port}", version, process.pid)
 
 
 @contextlib.asynccontextmanager
@@ -118,7 +122,12 @@ async def restate(folder: Path) -> AsyncIterator[Service]:
     }
     command = [str(binaries[0]), "--no-logo", "--node-name", "benchmark"]
     async with _running(command, folder / "restate.log", ports["ingress"], env=env) as process:
-        yield Service(f"http://{_HOST}:{ports['ingress']}", process.pid, f"http://{_HOST}:{ports['admin']}")
+        yield Service(
+            f"http://{_HOST}:{ports['ingress']}",
+            _version(str(binaries[0])),
+            process.pid,
+            f"http://{_HOST}:{ports['admin']}",
+        )
 
 
 async def register_with_restate(service: Service, endpoint: str) -> None:
@@ -185,7 +194,14 @@ async def _listening(process: subprocess.Popen[bytes], port: int, log_path: Path
             await asyncio.sleep(0.1)
         else:
             writer.close()
+            if process.poll() is not None:  # somebody else's, who took the port
+                raise UnavailableError(f"it has ended (exit status {process.poll()}): {_end_of(log_path)}")
             return
+
+
+def _version(binary: str, **run: Any) -> str:
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, **run)
+    return (done.stdout.splitlines() or [Path(binary).name])[0].strip()
 
 
 def _end_of(log_path: Path) -> str:

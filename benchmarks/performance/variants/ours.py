@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from performance import calls
@@ -16,7 +15,6 @@ from temporal_async_task import (
     RetryableError,
     TemporalAsyncTask,
     current_run,
-    current_step,
     poll,
     sleep,
     step,
@@ -43,30 +41,24 @@ async def hold(n: int) -> str:
 
 
 async def wait(n: int) -> str:
+    await step("before", calls.call, n)
     await sleep("wait", n)
-    return await step("after", calls.call, n)
+    return "done"
 
 
-async def _busy_once(n: int) -> str:
-    if current_step().attempt == 1:
-        raise RetryableError("busy", retry_after=n)
-    return await calls.call(n)
+async def _busy(n: int) -> str:
+    try:
+        return await calls.fail(n)
+    except calls.BusyError as error:
+        raise RetryableError("busy", retry_after=n) from error
 
 
 async def backoff(n: int) -> str:
-    return await step("busy", _busy_once, n)
-
-
-async def _begin() -> float:
-    return time.time()
-
-
-async def _third_time(began: float, n: int) -> str | None:
-    return await calls.call(n) if time.time() - began > 1.5 * n else None
+    return await step("busy", _busy, n)
 
 
 async def polls(n: int) -> str:
-    return await poll("ready", _third_time, await step("begin", _begin), n, every=n, timeout=1000)
+    return await poll("ready", calls.look, n, every=n, timeout=100 * n)
 
 
 async def crash(n: int) -> str:

@@ -19,14 +19,18 @@ from temporalio.api.common.v1 import Payloads
 from temporalio.api.workflowservice.v1 import RecordActivityTaskHeartbeatRequest, RespondActivityTaskCompletedRequest
 from temporalio.client import Client
 from temporalio.converter import DataConverter
+from temporalio.exceptions import ApplicationError
 from temporalio.worker import PollerBehaviorAutoscaling, UnsandboxedWorkflowRunner, Worker
 
 from performance import calls
 from performance.place import Place
 from performance.variants import base
 
-_CALL_TIMEOUT = timedelta(minutes=30)
 _HEARTBEAT = timedelta(seconds=base.HEARTBEAT_TIMEOUT)
+_CALL_TIMEOUT = _HEARTBEAT
+"""Of a call that takes no time. On a busy machine the server loses a task now and then; so it comes back as soon."""
+_NO_LIMIT = timedelta(days=1)
+_MANY = 100  # steps
 
 
 # By hand: one activity a step ----------------
@@ -63,6 +67,23 @@ async def hang_once(run: str) -> str:
         return await calls.hang_once(run)
 
 
+@activity.defn
+async def busy(n: int) -> str:
+    try:
+        return await calls.fail(n)
+    except calls.BusyError as error:
+        raise ApplicationError("busy", next_retry_delay=timedelta(seconds=n)) from error
+
+
+@activity.defn
+async def look(n: int) -> str:
+    """Polled by retries, as Temporal's documentation has it for what is polled seldom."""
+    found = await calls.look(n)
+    if found is None:
+        raise ApplicationError("not ready", next_retry_delay=timedelta(seconds=n))
+    return found
+
+
 @workflow.defn
 class ByHand:
     """The workflow that a user would write; it answers how far it is by a query."""
@@ -92,17 +113,21 @@ class ByHand:
                 text = str(len(await asyncio.gather(*(self._call(i) for i in range(n)))))
             case base.HOLD:
                 text = await workflow.execute_activity(
-                    hold, n, start_to_close_timeout=_CALL_TIMEOUT, heartbeat_timeout=_HEARTBEAT
+                    hold, n, start_to_close_timeout=_NO_LIMIT, heartbeat_timeout=_HEARTBEAT
                 )
             case base.SLEEP:
-                await asyncio.sleep(n)
                 text = await self._call(n)
+                await asyncio.sleep(n)
+            case base.BACKOFF:
+                text = await workflow.execute_activity(busy, n, start_to_close_timeout=_CALL_TIMEOUT)
+            case base.POLL:
+                text = await workflow.execute_activity(look, n, start_to_close_timeout=_CALL_TIMEOUT)
             case base.CRASH:
                 await self._call(n)
                 text = await workflow.execute_activity(
                     hang_once,
                     workflow.info().workflow_id,
-                    start_to_close_timeout=_CALL_TIMEOUT,
+                    start_to_close_timeout=_NO_LIMIT,
                     heartbeat_timeout=_HEARTBEAT,
                 )
         return text
@@ -117,7 +142,7 @@ class _Temporal(base.Peer):
 
 
 class ByHandPeer(_Temporal):
-    kinds = (base.CALL, base.CHAIN, base.FAN, base.HOLD, base.SLEEP, base.CRASH)
+    kinds = base.KINDS
 
     async def submit(self, kind: str, n: int, task_id: str, *, queue: str | None = None) -> Any:
         return await self._client.start_workflow(
@@ -143,10 +168,8 @@ class Floor:
         converter = DataConverter.default
         service, namespace, identity = self._client.workflow_service, self._client.namespace, self._client.identity
         done: list[str] = []
-        if kind == base.CALL:
-            done.append(await calls.call(n))
-        for i in range(n if kind == base.CHAIN else 0):
-            done.append(await calls.call(i))
+
+        async def save() -> None:
             await service.record_activity_task_heartbeat(
                 RecordActivityTaskHeartbeatRequest(
                     task_token=info.task_token,
@@ -155,6 +178,20 @@ class Floor:
                     details=Payloads(payloads=await converter.encode([done])),
                 )
             )
+
+        match kind:
+            case base.CALL:
+                done.append(await calls.call(n))
+            case base.CHAIN:
+                for i in range(n):
+                    done.append(await calls.call(i))
+                    await save()
+            case base.FAN:
+                done += await asyncio.gather(*(calls.call(i) for i in range(n)))
+                await save()
+            case base.HOLD:
+                with _heartbeats():
+                    done.append(await calls.hold(n))
         await service.respond_activity_task_completed(
             RespondActivityTaskCompletedRequest(
                 task_token=info.task_token,
@@ -166,6 +203,11 @@ class Floor:
         activity.raise_complete_async()
 
 
+def _heartbeat_of(steps: int) -> timedelta:
+    """As the library's, but for a task that takes long: the SDK's core, which sees no heartbeats by token, ends it."""
+    return _HEARTBEAT if steps < _MANY else _NO_LIMIT
+
+
 @workflow.defn
 class FloorWorkflow:
     """The least that carries an activity."""
@@ -175,31 +217,35 @@ class FloorWorkflow:
         return await workflow.execute_activity(
             Floor.steps,  # type: ignore[arg-type]
             args=[kind, n],
-            start_to_close_timeout=_CALL_TIMEOUT,
-            heartbeat_timeout=timedelta(minutes=10),
+            start_to_close_timeout=_NO_LIMIT,
+            heartbeat_timeout=_heartbeat_of(n),
         )
 
 
-class FloorWorkflowPeer(_Temporal):
-    has_status = False
+class _Floor(_Temporal):
+    kinds = (base.CALL, base.CHAIN, base.FAN, base.HOLD)
 
+    async def status(self, submitted: Any) -> Any:
+        """The least that a question to the server can be."""
+        return await submitted.describe()
+
+
+class FloorWorkflowPeer(_Floor):
     async def submit(self, kind: str, n: int, task_id: str, *, queue: str | None = None) -> Any:
         return await self._client.start_workflow(
             FloorWorkflow.run, args=[kind, n], id=task_id, task_queue=queue or self.place.queue
         )
 
 
-class FloorStandalonePeer(_Temporal):
-    has_status = False
-
+class FloorStandalonePeer(_Floor):
     async def submit(self, kind: str, n: int, task_id: str, *, queue: str | None = None) -> Any:
         return await self._client.start_activity(
             "steps",
             args=[kind, n],
             id=task_id,
             task_queue=queue or self.place.queue,
-            start_to_close_timeout=_CALL_TIMEOUT,
-            heartbeat_timeout=timedelta(minutes=10),
+            start_to_close_timeout=_NO_LIMIT,
+            heartbeat_timeout=_heartbeat_of(n),
             result_type=str,
         )
 
@@ -210,7 +256,7 @@ async def work(place: Place) -> None:
         client,
         task_queue=place.queue,
         workflows=[ByHand, FloorWorkflow],
-        activities=[call, hold, hang_once, Floor(client).steps],
+        activities=[call, hold, hang_once, busy, look, Floor(client).steps],
         # As the library's own workers are. The sandbox would cost the workflow by hand more.
         workflow_runner=UnsandboxedWorkflowRunner(),
         max_concurrent_activities=place.slots,
