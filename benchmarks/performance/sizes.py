@@ -24,6 +24,10 @@ class Sizes:
     """Tasks of each kind that wait while memory is measured; with them, fewer than the SDK caches."""
     beyond: int = 300
     """And more of them, until it caches no more; and then as many again."""
+    settling: float = 12.0
+    """Seconds before memory is looked at: the SDK's core keeps a timer of an attempt that has ended for about ten."""
+    looks: int = 5
+    """At memory, a second apart, that have to be alike."""
     drained: int = 10_000
     stretch: int = 300
     """Tasks of a queue's drain that are timed at once; as many stretches as there are rounds."""
@@ -61,6 +65,8 @@ TINY = Sizes(
     fan=5,
     waiting=5,
     beyond=0,
+    settling=0.0,
+    looks=2,
     drained=80,
     stretch=10,
     drained_by=(1,),

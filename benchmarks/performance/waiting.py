@@ -36,10 +36,7 @@ _CACHED = 1000
 _SLOTS = 4000  # more than there are tasks, since in some engines a task that waits holds one
 _FEW = 0.1  # of the tasks of a kind, before the first look
 _SECONDS = 3600  # that each task waits: longer than it takes to ask
-_LINGERING = base.HEARTBEAT_TIMEOUT + 7.0
-"""Seconds for which the SDK's core keeps something of an attempt that has ended: its timer, and a little more."""
 _LOOK = 1.0  # seconds between two looks
-_LOOKS = 5  # that have to be alike
 _ALIKE = 16 * 1024  # bytes
 _MOST_LOOKS = 30
 _KB = 1024
@@ -63,19 +60,19 @@ async def memory_of_waiting(running: Running, sizes: Sizes, *, cached: bool) -> 
     few = max(int(sizes.waiting * _FEW), 1)
     for kind in kinds:
         await _begin(running, kind, few)
-    level = await _level(running)
+    level = await _level(running, sizes)
     await running.load.tell("throughput", kind=base.CHAIN, n=1, tasks=sizes.waiting, in_flight=sizes.in_flight)
-    level, before = await _level(running), level
+    level, before = await _level(running, sizes), level
     yield ENDED, (level - before) / sizes.waiting / _KB
     for kind in kinds:
         await _begin(running, kind, sizes.waiting)
-        level, before = await _level(running), level
+        level, before = await _level(running, sizes), level
         yield FIGURES[kind], (level - before) / sizes.waiting / _KB
     if cached and sizes.beyond:
         await _begin(running, base.SLEEP, max(_CACHED - len(kinds) * (few + sizes.waiting), 0) + sizes.beyond)
-        before = await _level(running)
+        before = await _level(running, sizes)
         await _begin(running, base.SLEEP, sizes.beyond)
-        yield BEYOND, (await _level(running) - before) / sizes.beyond / _KB
+        yield BEYOND, (await _level(running, sizes) - before) / sizes.beyond / _KB
 
 
 async def _begin(running: Running, kind: str, tasks: int) -> None:
@@ -87,14 +84,14 @@ async def _begin(running: Running, kind: str, tasks: int) -> None:
     await until(lambda: calls_made(folder, pid) >= wanted, f"{running.name}: the tasks ({kind}) are not begun")
 
 
-async def _level(running: Running) -> float:
+async def _level(running: Running, sizes: Sizes) -> float:
     """What the worker has allocated, once that does not change any more."""
-    await asyncio.sleep(_LINGERING)
+    await asyncio.sleep(sizes.settling)
     looks: list[int] = []
     while len(looks) < _MOST_LOOKS:
         await asyncio.sleep(_LOOK)
         looks.append(await running.worker.live_bytes())
-        latest = looks[-_LOOKS:]
-        if len(latest) == _LOOKS and max(latest) - min(latest) < _ALIKE:
+        latest = looks[-sizes.looks :]
+        if len(latest) == sizes.looks and max(latest) - min(latest) < _ALIKE:
             break
-    return statistics.median(looks[-_LOOKS:])
+    return statistics.median(looks[-sizes.looks :])

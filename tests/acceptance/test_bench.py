@@ -8,7 +8,7 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 OURS = ("workflow", "standalone")
-LIMIT = 400  # seconds; on an idle machine the first takes about 20, the other 120: memory has to settle
+LIMIT = 400  # seconds; on an idle machine they take about 20 and 50
 
 
 def bench(results: Path, *only: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from performance import calls
 from performance.place import Place
 from performance.variants import base
 
+_SUSPEND_AFTER = timedelta(seconds=5)  # Restate's own is a minute; then nothing of a task that waits is in the worker
 service = restate.Service("tasks")
 
 
@@ -43,7 +44,7 @@ async def hold(ctx: restate.Context, n: int) -> str:
     return await ctx.run_typed("hold", calls.hold, seconds=n)
 
 
-@service.handler()
+@service.handler(inactivity_timeout=_SUSPEND_AFTER)
 async def sleep(ctx: restate.Context, n: int) -> str:
     text = await ctx.run_typed("before", calls.call, n=n)
     await ctx.sleep(timedelta(seconds=n))
@@ -57,7 +58,7 @@ async def backoff(ctx: restate.Context, n: int) -> str:
     return await ctx.run_typed("busy", calls.fail, options, n=n)
 
 
-@service.handler()
+@service.handler(inactivity_timeout=_SUSPEND_AFTER)
 async def poll(ctx: restate.Context, n: int) -> str:
     while (found := await ctx.run_typed("look", calls.look, n=n)) is None:
         await ctx.sleep(timedelta(seconds=n))
