@@ -1,7 +1,7 @@
 """One real Temporal server for the whole session, and one application for each test."""
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,14 @@ async def server() -> AsyncIterator[DevServer]:
 def execution() -> Execution:
     """What carries the test's runs; ``on_both`` (tests/support.py) runs a test on each."""
     return "workflow"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What was logged may hold half of a surrogate pair, which the processes of xdist cannot send to each other."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,29 @@ async def test_what_was_rolled_back_is_not_told_of(sessions, seen):
         session.add(Item(id=4))
         await session.flush()
     assert kinds(seen) == [(CREATE, 2)]
+
+
+async def test_what_was_neither_committed_nor_rolled_back_is_forgotten_with_its_transaction(sessions, seen):
+    session = sessions()
+    session.add(Item(id=1))
+    await session.flush()
+    await session.close()
+    session.add(Item(id=2))  # a closed session may be used again
+    await session.commit()
+    assert kinds(seen) == [(CREATE, 2)]
+
+
+async def test_a_session_that_was_closed_with_neither_is_not_kept(sessions, seen):
+    async def work() -> weakref.ref[Any]:
+        async with sessions() as session:
+            session.add(Item(id=1))
+            await session.flush()
+            return weakref.ref(session.sync_session)
+
+    kept = await work()
+    gc.collect()
+    assert kept() is None
+    assert seen == []
 
 
 async def test_a_flush_that_failed_leaves_nothing_behind(sessions, seen):

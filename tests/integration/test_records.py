@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 from asyncpg.exceptions import CannotConnectNowError
-from fastapi import FastAPI
-from sqlalchemy import ForeignKey, create_engine, event, insert, select, text
+from fastapi import FastAPI, HTTPException
+from sqlalchemy import ForeignKey, UniqueConstraint, create_engine, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -74,6 +74,25 @@ class Call(APICallMixin, Base):
 
 class CallEvent(IntegrationEventMixin, Base):
     __tablename__ = "call_events"
+
+
+class Page(Base):
+    __tablename__ = "pages"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    album_id: Mapped[int] = mapped_column(ForeignKey("albums.id"))
+
+
+class Album(APICallMixin, Base):
+    """Its table has arguments of its own, a column has another name, and it loads others with it."""
+
+    __tablename__ = "albums"
+    __table_args__ = (UniqueConstraint("title"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str | None]
+    status: Mapped[str] = mapped_column("state", default="pending")
+    owner_id: Mapped[int | None] = mapped_column(ForeignKey("customers.id"))
+    owner: Mapped[Customer | None] = relationship(lazy="joined")
+    pages: Mapped[list[Page]] = relationship(lazy="joined")
 
 
 @pytest.fixture
@@ -192,6 +211,32 @@ async def test_a_commit_is_dispatched_at_once_and_not_with_the_next_look(records
         assert asyncio.get_running_loop().time() - begin < 3
 
 
+async def test_the_dispatcher_is_woken_by_what_the_application_commits_and_not_by_itself(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+):
+    woken: list[str] = []
+    mapping = records.mapping(vendor.task())
+    integration = records.integration(records.app.component(), mapping)
+    monkeypatch.setattr(integration.dispatcher, "wake", lambda: woken.append("woken"))
+    store = records.store(mapping)
+    [effect] = integration.create_side_effects()
+    effect.install()
+    try:
+        await records.add(1, task_id="t1")
+        assert len(woken) == 1
+        claims = await store.claim(TO_START, 5, timedelta(seconds=60))
+        await store.settle([Settled(claim, trouble=RuntimeError()) for claim in claims])
+        claims = await store.claim(TO_START, 5, timedelta(seconds=60))
+        await store.settle([Settled(claim, Event(RecordStatus.QUEUED, utc_now())) for claim in claims])
+        await store.apply(Report(task="draw", task_id="t1", generation=1, events=events(PROCESSING, KNOWN, BROKEN)))
+        assert len(woken) == 1
+        async with records.sessions.begin() as session:
+            (await session.get_one(Call, 1)).try_again()
+        assert len(woken) == 2
+    finally:
+        effect.remove()
+
+
 async def test_a_record_that_is_rolled_back_starts_nothing(records: Records, vendor: Vendor):
     component = records.app.component()
     integration = records.integration(component, records.mapping(vendor.task()))
@@ -275,6 +320,29 @@ async def test_params_may_be_made_from_what_the_record_is_related_to(records: Re
         assert (await records.becomes("completed")).response == "url of cup for Ada"
 
 
+async def test_what_a_class_loads_with_its_records_by_joins_is_in_nobodys_way(records: Records, vendor: Vendor):
+    component = records.app.component()
+    mapping = RecordTask(
+        record=Album,
+        event=CallEvent,
+        task=vendor.task(),
+        params=lambda album: f"{album.owner and album.owner.name}: {[page.id for page in album.pages]}",
+    )
+    integration = records.integration(component, mapping)
+    component.register_all(integration.create_async_tasks())
+    async with records.sessions.begin() as session:
+        session.add(Album(id=1, pages=[Page(id=1), Page(id=2)]))
+        session.add(Album(id=2, owner=Customer(id=1, name="Ada"), pages=[]))
+
+    async def responses() -> list[Any]:
+        async with records.sessions() as session:
+            found = list(await session.scalars(select(Album.response).order_by(Album.id)))
+        return found if all(found) else []
+
+    async with component, integration.dispatcher:
+        assert await wait_until(responses, timeout=20) == ["url of None: [1, 2]", "url of Ada: []"]
+
+
 async def test_sessions_that_are_bound_by_class_do_as_well(engine: AsyncEngine, records: Records, vendor: Vendor):
     sessions = async_sessionmaker(binds={Base: engine})
     component = records.app.component()
@@ -320,6 +388,39 @@ async def test_records_that_cannot_be_submitted_fail_with_the_reason_and_block_n
             assert (call.due_at, call.attempts) == (None, 0)
             assert await records.told(number) == ["failed"]
     assert vendor.calls == ["good"]
+
+
+async def test_a_failed_record_that_is_refused_when_it_is_tried_again_stays_so_and_blocks_no_others(
+    records: Records, vendor: Vendor
+):
+    faults = ["no such field", "still no such field"]
+
+    def params(call: Call) -> str:
+        if call.prompt == "broken":
+            raise KeyError(faults[0])
+        return call.prompt
+
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), params=params))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, prompt="broken")
+    async with component, integration.dispatcher:
+        await records.becomes("failed", 1)
+    del faults[0]
+    async with records.sessions.begin() as session:
+        (await session.get_one(Call, 1)).try_again()
+    await records.add(2, 3)
+    async with component, integration.dispatcher:
+        await records.becomes("completed", 2)
+        await records.becomes("completed", 3)
+
+        async def is_left_alone() -> bool:
+            return (await records.get(1)).due_at is None
+
+        await wait_until(is_left_alone)
+    assert "still no such field" in str((await records.get(1)).error)
+    assert await records.told(1) == ["failed", "failed"]
+    assert await records.told(2) == ["queued", "processing", "completed"]
 
 
 ODD = "a NUL: \0, half a pair: \ud800"
@@ -598,6 +699,25 @@ async def test_a_claim_is_one_callers_until_it_runs_out(records: Records, vendor
     assert {claim.claims for claim in again} == {2}
 
 
+@pytest.mark.parametrize(("table", "status"), [("calls", "status"), ("albums", "state")])
+def test_what_is_due_is_found_by_an_index_whatever_the_table_is_like(table: str, status: str):
+    indexes = {tuple(index.columns.keys()) for index in Base.metadata.tables[table].indexes}
+    assert {(status, "due_at"), ("claims", status, "due_at")} <= indexes
+
+
+async def test_what_came_of_a_claim_is_not_told_of_another_record_with_its_key(records: Records, vendor: Vendor):
+    """SQLite gives the key of a record that was deleted to the next."""
+    store = records.store(records.mapping(vendor.task()))
+    await records.add(1)
+    claims = await store.claim(TO_START, 5, timedelta(seconds=60))
+    async with records.sessions.begin() as session:
+        await session.delete(await session.get_one(Call, 1))
+    await records.add(1)
+    await store.settle([Settled(claim, Event(RecordStatus.QUEUED, utc_now())) for claim in claims])
+    assert await records.told() == []
+    assert (await records.get()).status == "pending"
+
+
 async def test_many_that_claim_at_once_get_each_record_once(records: Records, vendor: Vendor):
     store = records.store(records.mapping(vendor.task()))
     await records.add(*range(100))
@@ -782,9 +902,9 @@ class WebProcess:
         component = records.app.component()
         callback = Callback("http://web/integrations/reports", SECRET)
         integration = records.integration(component, records.mapping(vendor.task()), report_to=callback)
-        app = FastAPI()
-        AggregatedIntegration(integration).mount(app)
-        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://web")
+        self.app = FastAPI()
+        AggregatedIntegration(integration).mount(self.app)
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://web")
 
     async def post(self, body: bytes, *, signature: str | None = None) -> httpx.Response:
         headers = {SIGNATURE_HEADER: sign(body, SECRET) if signature is None else signature}
@@ -817,6 +937,32 @@ async def test_reports_are_applied_in_order_and_once(web: WebProcess, records: R
     assert await records.told() == ["queued", "processing", "processing", "completed"]
     call = await records.get()
     assert (call.external_id, call.response) == ("job-1", {"url": "x"})
+
+
+async def test_an_attempt_that_has_less_to_tell_than_the_one_before_it_tells_the_end_all_the_same(
+    web: WebProcess, records: Records
+):
+    assert (await web.report(PROCESSING, KNOWN)).json() == {"applied": 2}
+    ends = (COMPLETED, {"result": {"url": "x"}, "external_id": "job-2"})
+    assert (await web.report(PROCESSING, ends)).json() == {"applied": 1}
+    assert (await web.report(PROCESSING, ends)).json() == {"applied": 0}
+    assert (await web.report(PROCESSING, KNOWN)).json() == {"applied": 0}
+    assert await records.told() == ["queued", "processing", "processing", "completed"]
+    call = await records.get()
+    assert (call.external_id, call.response) == ("job-2", {"url": "x"})
+
+
+async def test_the_end_of_a_run_that_arrives_again_after_it_was_resumed_is_not_applied_again(
+    web: WebProcess, records: Records, vendor: Vendor
+):
+    await web.report(PROCESSING, BROKEN)
+    async with records.sessions.begin() as session:
+        (await session.get_one(Call, 1)).try_again()
+    store = records.store(records.mapping(vendor.task()))
+    claims = await store.claim(TO_START, 5, timedelta(seconds=60))
+    await store.settle([Settled(claim, Event(RecordStatus.QUEUED, utc_now())) for claim in claims])
+    assert (await web.report(PROCESSING, BROKEN)).json() == {"applied": 0}
+    assert await records.told() == ["queued", "processing", "failed", "queued"]
 
 
 async def test_a_report_that_arrives_twice_at_the_same_time_is_applied_once(web: WebProcess, records: Records):
@@ -866,6 +1012,36 @@ async def test_an_unknown_record_and_what_is_no_report_are_told(web: WebProcess)
         told = {"sequence": 1, "type": "processing", "at": "2026-01-01T00:00:00Z", "payload": payload}
         report = {"task": "draw", "task_id": "t1", "generation": 1, "events": [told]}
         assert code(await web.post(json.dumps(report).encode())) == (400, "malformed")
+
+
+async def test_what_a_middleware_answers_while_it_reads_is_answered(web: WebProcess):
+    """As to a body that is too long for it: the worker must not send it for ever."""
+
+    class Refuses:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async def refuse() -> Any:
+                raise HTTPException(413)
+
+            await self.app(scope, receive if scope["type"] != "http" else refuse, send)
+
+    web.app.add_middleware(Refuses)
+    assert (await web.report(PROCESSING)).status_code == 413
+
+
+async def test_a_caller_that_goes_away_leaves_no_error_in_the_log(web: WebProcess, caplog: pytest.LogCaptureFixture):
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        pass
+
+    path = "/integrations/reports"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": b"", "root_path": "", "query_string": b""}
+    await web.app(scope | {"headers": [], "scheme": "http", "http_version": "1.1"}, receive, send)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_database_that_is_away_is_told_without_details(records: Records, vendor: Vendor, engine: AsyncEngine):

@@ -88,7 +88,7 @@ async def test_a_run_tells_that_it_has_begun_what_it_knows_and_its_result(app: A
     assert application.told() == [
         (1, 1, "processing", {}),
         (1, 2, "processing", {"external_id": "CUP"}),
-        (1, 3, "completed", {"result": {"url": "cup"}}),
+        (1, 3, "completed", {"external_id": "CUP", "result": {"url": "cup"}}),
     ]
     assert {(report.task, report.task_id) for report in application.reports} == {("draw", task_id)}
 
@@ -396,3 +396,49 @@ async def test_the_times_of_a_run_s_events_do_not_go_back_though_the_worker_s_cl
     times = [event.at for event in application.reports[-1].events]
     assert len(times) == 2
     assert times == sorted(times)
+
+
+async def test_an_external_id_that_could_not_be_told_before_the_body_had_ended_is_told_with_the_end(
+    app: App, application: Application
+):
+    """The body does not run again, once its result is kept: it cannot say the id again."""
+    application.down = True
+    bodies: list[str] = []
+
+    async def call(prompt: str) -> str:
+        bodies.append(prompt)
+        report_external_id(f"job-{len(bodies)}")
+        return prompt
+
+    task = reported(TemporalAsyncTask("call", call), to=application)
+    await app.start(task)
+    task_id = await task.submit("cup")
+    # The end of an attempt: the next one has only the end to tell.
+    await status_when(task, task_id, lambda run: run.attempt > 1, timeout=20)
+    application.down = False
+    assert await task.result(task_id, timeout=20) == "cup"
+    assert bodies == ["cup"]
+    assert application.told() == [
+        (1, 1, "processing", {}),
+        (1, 2, "processing", {"external_id": "job-1"}),
+        (1, 3, "completed", {"external_id": "job-1", "result": "cup"}),
+    ]
+
+
+async def test_the_end_tells_the_external_id_of_the_last_attempt(app: App, application: Application):
+    jobs: list[str] = []
+
+    async def call(prompt: str) -> str:
+        jobs.append(f"job-{len(jobs) + 1}")
+        report_external_id(jobs[-1])
+        await wait_until(lambda: len(application.told()) == 2)
+        if len(jobs) == 1:
+            raise ConnectionError("reset by the vendor")
+        return prompt
+
+    again = RetryPolicy(max_retries=1, initial_delay=1.05, max_delay=1.05, jitter=0)
+    task = reported(TemporalAsyncTask("call", call, retry_policy=again), to=application)
+    await app.start(task)
+    assert await task.run("cup", timeout=30) == "cup"
+    last = application.reports[-1].events[-1]
+    assert (str(last.type), last.payload) == ("completed", {"external_id": "job-2", "result": "cup"})

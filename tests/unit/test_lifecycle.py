@@ -41,6 +41,11 @@ def test_another_try_begins_anew_and_keeps_the_vendors_id():
     assert again == RecordState(QUEUED, attempts=2, external_id="job-1")
 
 
+def test_another_try_may_be_refused_before_it_begins():
+    state = state_after(events(QUEUED, (FAILED, {"error": "503"}), (FAILED, {"error": "no such field"})))
+    assert (state.status, state.attempts, state.error) == (FAILED, 1, "no such field")
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -51,7 +56,6 @@ def test_another_try_begins_anew_and_keeps_the_vendors_id():
         (QUEUED, PROCESSING, COMPLETED, QUEUED),
         (QUEUED, FAILED, PROCESSING),
         (QUEUED, FAILED, COMPLETED),
-        (QUEUED, FAILED, FAILED),
     ],
 )
 def test_what_cannot_follow_is_refused(steps: tuple[RecordStatus, ...]):

@@ -4,7 +4,7 @@
 
     pending ──▶ queued ──▶ processing ──▶ completed
        │          ▲  └──────────┬─┴────▶ failed
-       │          └─────────────┼──────────┘ (another try)
+       │          └─────────────┼──────────┘ (another try, which may be refused, too: failed again)
        └────────────────────────┴─────────▲ (refused at submit)
 """
 
@@ -39,7 +39,7 @@ _NEXT = {
     RecordStatus.QUEUED: {RecordStatus.PROCESSING, RecordStatus.COMPLETED, RecordStatus.FAILED},
     RecordStatus.PROCESSING: {RecordStatus.PROCESSING, RecordStatus.COMPLETED, RecordStatus.FAILED},
     RecordStatus.COMPLETED: set[RecordStatus](),
-    RecordStatus.FAILED: {RecordStatus.QUEUED},
+    RecordStatus.FAILED: {RecordStatus.QUEUED, RecordStatus.FAILED},
 }
 
 
@@ -76,6 +76,7 @@ class RecordState:
         """
         if not self.can(event.type):
             raise ValueError(f"a record that is {self.status} cannot become {event.type}")
+        known = replace(self, external_id=event.payload.get("external_id", self.external_id))
         match event.type:
             case RecordStatus.QUEUED:
                 return replace(
@@ -83,17 +84,12 @@ class RecordState:
                 )
             case RecordStatus.COMPLETED:
                 return replace(
-                    self, status=event.type, response=event.payload.get("result"), error=None, completed_at=event.at
+                    known, status=event.type, response=event.payload.get("result"), error=None, completed_at=event.at
                 )
             case RecordStatus.FAILED:
-                return replace(self, status=event.type, error=event.payload.get("error", ""), completed_at=event.at)
+                return replace(known, status=event.type, error=event.payload.get("error", ""), completed_at=event.at)
             case _:
-                return replace(
-                    self,
-                    status=event.type,
-                    started_at=self.started_at or event.at,
-                    external_id=event.payload.get("external_id", self.external_id),
-                )
+                return replace(known, status=event.type, started_at=self.started_at or event.at)
 
 
 def state_after(events: Iterable[Event]) -> RecordState:

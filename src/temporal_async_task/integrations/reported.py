@@ -153,11 +153,15 @@ class ReportedTask(TemporalAsyncTask[P, R], Generic[P, R]):
         kept = step.with_options(retry_policy=UNTIL_ACKNOWLEDGED, result_type=self.result_type)
         error: BaseException | None = None
         failed = _failed_key(reporting.generation)
+        await reporting.recall_external_id(runner.journal)
         if _is_done(runner.journal, failed):
             failure = await step(failed, _keep_failure, _NOTHING)
         else:
             try:
-                result = await body() if not _is_done(runner.journal, RESULT) else None
+                result = None
+                if not _is_done(runner.journal, RESULT):
+                    result = await body()
+                    await reporting.keep_external_id()
                 result = await kept(RESULT, _keep, result)
             except asyncio.CancelledError:
                 if runner.unwinding:
@@ -179,6 +183,7 @@ class ReportedTask(TemporalAsyncTask[P, R], Generic[P, R]):
                 payload = {"result": as_json(result)}
                 await reporting.tell(runner.journal, RecordStatus.COMPLETED, payload, after=RESULT, key=COMPLETED)
                 return result
+            await reporting.keep_external_id()
             failure = await step(failed, _keep_failure, _failure_of(error, self.retry_policy))
         payload = {name: failure[name] for name in ("error", "error_type", "retryable")}
         key = _told_key(reporting.generation)
@@ -210,6 +215,11 @@ class _Reporting:
         self._task = task
         self._task_id = task_id
         self._events: list[ReportedEvent] = []
+        self._external_ids = 0
+        """How many the journal has ..."""
+        self._kept: str | None = None
+        """... and the last of them."""
+        self._external_id: str | None = None
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._add(RecordStatus.PROCESSING, {})
@@ -219,8 +229,23 @@ class _Reporting:
         self._loop.call_soon_threadsafe(self._know, external_id)
 
     def _know(self, external_id: str) -> None:
+        self._external_id = external_id
         if all(event.payload.get("external_id") != external_id for event in self._events):
             self._add(RecordStatus.PROCESSING, {"external_id": external_id})
+
+    async def recall_external_id(self, journal: Journal) -> None:
+        """Know what an earlier attempt has kept."""
+        while _is_done(journal, _external_id_key(self._external_ids + 1)):
+            self._external_ids += 1
+        if self._external_ids:
+            self._kept = await step(_external_id_key(self._external_ids), _keep_external_id, "")
+            self._know(self._kept)
+
+    async def keep_external_id(self) -> None:
+        """Make the vendor's id durable, before the outcome: an attempt after it does not run the body again."""
+        await asyncio.sleep(0)  # what another thread has told arrives before
+        if self._external_id is not None and self._external_id != self._kept:
+            await step(_external_id_key(self._external_ids + 1), _keep_external_id, self._external_id)
 
     def _add(self, kind: Any, payload: dict[str, Any], at: datetime | None = None) -> None:
         sequence = len(self._events) + 1
@@ -229,6 +254,11 @@ class _Reporting:
             at = max(at, self._events[-1].at)  # one is by this worker's clock, the other by the server's
         self._events.append(ReportedEvent(sequence=sequence, type=kind, at=at, payload=payload))
         self._news.set()
+
+    def _end(self, kind: RecordStatus, payload: dict[str, Any], at: datetime | None = None) -> None:
+        if self._external_id is not None:  # an earlier attempt may have told as many events, with another id
+            payload = {"external_id": self._external_id} | payload
+        self._add(kind, payload, at)
 
     def _report(self) -> Report:
         return Report(
@@ -255,17 +285,16 @@ class _Reporting:
         self, journal: Journal, kind: RecordStatus, payload: dict[str, Any], *, after: str, key: str
     ) -> None:
         """Send everything, the outcome last, in a step that does not end before it is acknowledged."""
-        await asyncio.sleep(0)  # what another thread has told arrives before
         ended = journal.get(after)
         at = None if ended is None or ended.finished is None else datetime.fromtimestamp(ended.finished, UTC)
-        self._add(kind, payload, at)
+        self._end(kind, payload, at)
         await step.with_options(retry_policy=UNTIL_ACKNOWLEDGED)(key, self._task.deliver, self._report())
 
     async def tell_cancelled(self, reason: str) -> None:
         """Send everything, once: the cleanup of a cancelled run must not wait for a web process."""
         await step(_cancelled_key(self.generation), _keep, None)  # should it be resumed, it tells its events anew
         payload = {"error": reason, "error_type": TaskCancelledError.__name__, "retryable": False}
-        self._add(RecordStatus.FAILED, payload)
+        self._end(RecordStatus.FAILED, payload)
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CANCELLED_PATIENCE):
                 await self._task.deliver(self._report())
@@ -278,11 +307,19 @@ async def _keep(value: Any) -> Any:
     return value
 
 
+async def _keep_external_id(external_id: str) -> str:
+    return external_id
+
+
 async def _keep_failure(failure: _Failure) -> _Failure:
     return failure
 
 
 _NOTHING = _Failure(error="", error_type="", retryable=False, step=None)
+
+
+def _external_id_key(number: int) -> str:
+    return f"report: external id {number}"
 
 
 def _failed_key(generation: int) -> str:

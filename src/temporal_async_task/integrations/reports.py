@@ -55,7 +55,7 @@ class ReportedEvent(BaseModel):
     type: Literal[RecordStatus.PROCESSING, RecordStatus.COMPLETED, RecordStatus.FAILED]
     at: AwareDatetime
     payload: Annotated[dict[str, Any], AfterValidator(_payload)] = Field(default_factory=dict[str, Any])
-    """``external_id``; ``result``; or ``error``, ``error_type`` and ``retryable``."""
+    """``result``; or ``error``, ``error_type`` and ``retryable``; and ``external_id``, if it is known."""
 
 
 class Report(BaseModel):

@@ -82,7 +82,9 @@ class RecordIntegration(Integration):
         ]
 
     def _nudge(self, mutation: RecordMutation) -> None:
-        if mutation.type is MutationType.CREATE or ("due_at" in mutation.changes and not mutation.values.get("claims")):
+        # An update is the application's (``try_again``) if it is no event's, and no claim's.
+        own = {"event_count", "claims"} & mutation.changes.keys()
+        if mutation.type is MutationType.CREATE or ("due_at" in mutation.changes and not own):
             self.dispatcher.wake()
 
     def create_apis(self) -> Sequence[Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, DateTime, Index, Integer, String, Text, func
-from sqlalchemy.orm import Mapped, declared_attr, has_inherited_table, mapped_column
+from sqlalchemy import JSON, DateTime, Index, Integer, String, Table, Text, event, func
+from sqlalchemy.orm import Mapped, Mapper, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 from temporal_async_task.integrations.lifecycle import RecordState, RecordStatus
@@ -70,17 +70,23 @@ class APICallMixin:
     generation: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Of the last event that was reported, and ..."""
     reported: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
-    """... its place in the generation: what was reported before is not applied again."""
-
-    @declared_attr.directive
-    def __table_args__(self) -> tuple[Any, ...]:
-        mapped = cast("type[Any]", self)  # SQLAlchemy calls it with the class
-        return () if has_inherited_table(mapped) else (Index(None, "status", "due_at"),)
+    """... its place in the generation: what was reported before is not applied again. Negative: it was the end."""
 
     def try_again(self) -> None:
         """Have a failed record tried again, whatever its error and the number of its attempts; on commit."""
         if self.status == RecordStatus.FAILED:
             self.due_at, self.claims = utc_now(), 0
+
+
+@event.listens_for(APICallMixin, "after_mapper_constructed", propagate=True)
+def _add_indexes(mapper: Mapper[Any], _: type[Any]) -> None:
+    """The indexes that the dispatcher looks by. Not in ``__table_args__``: an application has its own."""
+    table = mapper.local_table
+    if not isinstance(table, Table) or mapper.inherits is not None:
+        return
+    status, due_at, claims = (mapper.columns[name] for name in ("status", "due_at", "claims"))
+    Index(None, status, due_at)
+    Index(None, claims, status, due_at)
 
 
 class IntegrationEventMixin:

@@ -6,8 +6,9 @@ import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from temporal_async_task.errors import ReportRefusedError, SignatureError
 from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, TOLERANCE, Secret, check_secret, verify
@@ -65,6 +66,10 @@ def create_report_router(
             return _problem(HTTPStatus.UNAUTHORIZED, error.code, error.detail)
         except ReportRefusedError as error:
             return _problem(_STATUS[error.code], error.code, error.detail)
+        except HTTPException:  # of a middleware that reads along
+            raise
+        except ClientDisconnect:
+            return _problem(HTTPStatus.BAD_REQUEST, "malformed", "The body has not come to its end.")
         except Exception:  # SQLAlchemy's, and what a driver raises when it connects, which is handed on as it is
             logger.exception("A report could not be applied; it will be sent again")
             return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "unavailable", "The database does not answer. Try again.")

@@ -108,6 +108,7 @@ class RecordMutationSideEffect:
             ("after_flush", self._after_flush),
             ("after_commit", self._after_commit),
             ("after_soft_rollback", self._after_rollback),
+            ("after_transaction_end", self._after_end),
         )
 
     # What SQLAlchemy tells
@@ -144,6 +145,10 @@ class RecordMutationSideEffect:
         for mutation in seen.merged():
             if mutation.type in self.on:
                 self._call(mutation)
+
+    def _after_end(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:  # not committed, or what follows would have been done: the session was closed
+            self._seen.pop(session, None)
 
     def _call(self, mutation: RecordMutation) -> None:
         try:

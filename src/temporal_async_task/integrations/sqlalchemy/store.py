@@ -13,10 +13,11 @@ from uuid import uuid4
 
 from sqlalchemy import false, func, inspect, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import lazyload
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
-from temporal_async_task.integrations.reports import Report, as_json, storable, utc_now
+from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
 from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
 from temporal_async_task.status import TaskResult, TaskStatus
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("temporal_async_task")
 
 TO_START = (RecordStatus.PENDING, RecordStatus.FAILED)
 TO_CHECK = (RecordStatus.QUEUED, RecordStatus.PROCESSING)
+_ENDS = (RecordStatus.COMPLETED, RecordStatus.FAILED)
 MAX_CLAIMS = 10
 """Claims in a row that may end with the process that made them: a record must not kill all dispatchers for ever."""
 _NOT_AGAIN = frozenset(
@@ -116,19 +118,28 @@ class RecordStore:
         limit: int,
         lease: timedelta,
         max_waiting: int | None,
-    ) -> Sequence[Any]:
+    ) -> list[Any]:
+        record = self.records.record
+        if max_waiting is None:
+            return self._take(session, statuses, limit, lease)
+        self._take_turn(session)
+        room = max_waiting - self._waiting(session)
+        # Claims that have run out are made again first, and whatever the room: they count as waiting all along, since
+        # whoever made them may be slow, and start their records yet.
+        keys = self._take(session, statuses, limit, lease, record.claims > 0)
+        return keys + self._take(session, statuses, min(room, limit - len(keys)), lease, record.claims == 0)
+
+    def _take(
+        self, session: Session, statuses: Collection[RecordStatus], limit: int, lease: timedelta, *criteria: Any
+    ) -> list[Any]:
+        """Claim records with a status that are due, those first that have been due the longest. Returns their keys."""
+        if limit <= 0:
+            return []
         record, key, now = self.records.record, self.records.key, utc_now()
-        if max_waiting is not None:
-            self._take_turn(session)
-            limit = min(limit, max_waiting - self._waiting(session, now))
-            if limit <= 0:
-                return []
         due = (
             select(key.label("key"))
-            .where(*self.records.criteria(), record.status.in_(statuses), record.due_at <= now)
-            # First those whose claim has run out: whoever made it may be slow, and start them yet. Were others taken
-            # instead, more than the limit would wait in the end.
-            .order_by(record.claims == 0, record.due_at)
+            .where(*self.records.criteria(), record.status.in_(statuses), record.due_at <= now, *criteria)
+            .order_by(record.due_at)
             .limit(limit)
             # PostgreSQL leaves out what another claims just now. SQLite has one writer at a time, and no such clause.
             .with_for_update(skip_locked=True)
@@ -157,10 +168,10 @@ class RecordStore:
         else:
             self._begin_writing(session, false())
 
-    def _waiting(self, session: Session, now: datetime) -> int:
-        """How many records were started and have not begun, or are being started just now."""
+    def _waiting(self, session: Session) -> int:
+        """How many records were started and have not begun, or were claimed to be started and are not settled."""
         record = self.records.record
-        being_started = record.status.in_(TO_START) & (record.claims > 0) & (record.due_at > now)
+        being_started = record.status.in_(TO_START) & (record.claims > 0)
         query = select(func.count()).where(
             *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
         )
@@ -183,8 +194,7 @@ class RecordStore:
         claims: list[Claim] = []
         # One class of records may run several tasks: another's run must not be looked for among this one's.
         ours = (self.records.key.in_(keys), *self.records.criteria())
-        query = select(self.records.record).where(*ours).order_by(self.records.key)
-        for record in session.scalars(query).all():
+        for record in session.scalars(self._records().where(*ours)).all():
             if record.status not in statuses:
                 continue  # a report has come since it was claimed: there is nothing to be done about it any more
             claim = Claim(
@@ -219,7 +229,9 @@ class RecordStore:
     def _settle(self, session: Session, by_key: dict[Any, Settled]) -> None:
         for record in self._locked(session, self.records.key.in_(by_key)):
             settled = by_key[getattr(record, self.records.key.key)]
-            if record.event_count != settled.claim.events or record.status != settled.claim.status:
+            claim = settled.claim
+            # By its task, too: SQLite gives the key of a record that was deleted to another.
+            if (record.task_id, record.event_count, record.status) != (claim.task_id, claim.events, claim.status):
                 continue
             if settled.event is None:
                 record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
@@ -241,25 +253,32 @@ class RecordStore:
         [record] = self._locked(session, self.records.record.task_id == report.task_id) or [None]
         if record is None:
             raise ReportRefusedError("unknown_record", f"No record has the task {report.task_id!r}.")
-        new = [
-            event
-            for event in report.events
-            if (report.generation, event.sequence) > (record.generation, record.reported)
-        ]
-        for reported in new:
-            expected = record.reported + 1 if record.generation == report.generation else 1
-            if reported.sequence != expected:
-                raise ReportRefusedError(
-                    "out_of_order", f"Event {reported.sequence} came where event {expected} was to come."
-                )
-            event = Event(reported.type, reported.at, dict(reported.payload))
-            self._apply_reported(session, record, event)
-            record.generation, record.reported = report.generation, reported.sequence
-        return len(new)
+        return sum(self._apply_new(session, record, report.generation, one) for one in report.events)
+
+    def _apply_new(self, session: Session, record: Any, generation: int, reported: ReportedEvent) -> bool:
+        """Apply an event that is not known yet; False if it is.
+
+        The end of a generation is news until it has come, whatever its place: the attempt that tells it may not know
+        all that the one before it had told.
+        """
+        if generation < record.generation:
+            return False
+        is_new_generation = generation > record.generation
+        last = 0 if is_new_generation else abs(record.reported)
+        has_ended = not is_new_generation and record.reported < 0
+        ends = reported.type in _ENDS
+        if reported.sequence <= last and (has_ended or not ends):
+            return False
+        if has_ended or reported.sequence > last + 1:
+            expected = "none" if has_ended else f"event {last + 1}"
+            raise ReportRefusedError("out_of_order", f"Event {reported.sequence} came where {expected} was to come.")
+        self._apply_reported(session, record, Event(reported.type, reported.at, dict(reported.payload)))
+        record.generation, record.reported = generation, -reported.sequence if ends else reported.sequence
+        return True
 
     def _apply_reported(self, session: Session, record: Any, event: Event) -> None:
         state = state_of(record)
-        if event.type == state.status and event.type in {RecordStatus.COMPLETED, RecordStatus.FAILED}:
+        if event.type == state.status and event.type in _ENDS:
             return  # the run was asked before it could tell
         if state.can(RecordStatus.QUEUED) and event.type is not RecordStatus.QUEUED:
             # It was started or resumed, and the process that did it has not written so, and may never do.
@@ -278,7 +297,7 @@ class RecordStore:
 
         def write(session: Session) -> bool:
             for record in self._locked(session, self.records.key == claim.key):
-                if record.event_count != claim.events:
+                if (record.task_id, record.event_count) != (claim.task_id, claim.events):
                     return False
                 if event is None or event.type == record.status:
                     record.due_at, record.claims = utc_now() + self.records.check_delay(), 0
@@ -298,11 +317,15 @@ class RecordStore:
 
     def _locked(self, session: Session, criterion: Any) -> Sequence[Any]:
         """Records that nobody else changes before this transaction has ended."""
-        record, key = self.records.record, self.records.key
+        record = self.records.record
         if session.get_bind(record).dialect.name == "sqlite":
             self._begin_writing(session, criterion)
-        query = select(record).where(criterion).order_by(key).with_for_update()
+        query = self._records().where(criterion).with_for_update(of=record)
         return session.scalars(query.execution_options(populate_existing=True)).all()
+
+    def _records(self) -> Any:
+        """Of one table: what a class loads with its records by a join is neither wanted here nor can be locked."""
+        return select(self.records.record).options(lazyload("*")).order_by(self.records.key)
 
     def _apply(self, session: Session, record: Any, event: Event, *, retryable: bool = False) -> None:
         """Write an event, and what follows from it."""
@@ -349,6 +372,9 @@ def _event_of(run: TaskResult[Any] | TaskNotFoundError) -> Event | None:
             return None
         case TaskStatus.PROCESSING:
             return Event(RecordStatus.PROCESSING, run.started_at or utc_now())
+        case TaskStatus.COMPLETED if run.error is not None:  # not what the result is, but why this process cannot tell
+            logger.warning("The result of task run %s cannot be read; its record waits: %s", run.task_id, run.error)
+            return None
         case TaskStatus.COMPLETED:
             result = as_json(run.result)
             return Event(RecordStatus.COMPLETED, run.completed_at or utc_now(), {"result": result})
