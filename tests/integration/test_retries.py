@@ -19,8 +19,10 @@ from support import (
     App,
     backs_off,
     ended,
+    on_both,
     status_when,
     undisturbed,
+    wait_until,
 )
 from temporal_async_task import (
     NonRetryableError,
@@ -504,3 +506,18 @@ async def test_the_end_of_an_attempt_leaves_no_error_in_the_log(app: App, caplog
     assert run.attempt == 2
     gc.collect()  # what asyncio has to say of tasks that were forgotten, it says now
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@on_both
+async def test_a_run_that_fails_for_good_is_logged_once_with_what_failed(app: App, caplog: pytest.LogCaptureFixture):
+    broken = Vendor(NonRetryableError("no such model"))
+
+    @async_task
+    async def shoot() -> str:
+        return await step("generate", broken.generate)
+
+    run = await outcome(app, shoot)
+    [logged] = await wait_until(lambda: [record for record in caplog.records if record.levelno >= logging.WARNING])
+    assert (logged.name, logged.levelname) == ("temporal_async_task", "ERROR")
+    assert logged.getMessage() == f"Task run {run.task_id} of shoot has failed: StepFailedError: {run.error}"
+    assert logged.exc_info is not None

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from temporalio.client import Client
 
 from support import App, status_when
-from temporal_async_task import ServerUnavailableError, TemporalAsyncTask, step
+from temporal_async_task import (
+    AsyncTaskComponent,
+    AsyncTaskComponentConfig,
+    ConfigError,
+    ServerUnavailableError,
+    TemporalAsyncTask,
+    step,
+)
 from temporal_async_task.devserver import DevServer
 
 
@@ -77,6 +85,33 @@ async def test_an_address_without_a_server_is_named_with_how_to_start_one(addres
     with pytest.raises(ServerUnavailableError, match=says_how_to_start_one(address)):
         await component.connect()
     assert time.monotonic() - begun < 10.5
+
+
+async def test_a_server_that_speaks_without_tls_is_not_told_to_be_away(server: DevServer):
+    component = AsyncTaskComponent(AsyncTaskComponentConfig(temporal_address=server.address, tls=True))
+    with pytest.raises(ConfigError, match=r"refuses this client.*InvalidMessage(?s:.*)TEMPORAL_TLS.*async-task doctor"):
+        await component.connect()
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        'code: Unauthenticated, message: "Jwt is missing"',
+        'code: PermissionDenied, message: "Request unauthorized."',
+        "InvalidCertificate(UnknownIssuer)",
+    ],
+)
+async def test_a_refused_login_is_not_told_as_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch, reason: str):
+    """No server with logins runs here: these are the SDK's words for one."""
+
+    async def connect(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            f"Failed client connect: `get_system_info` call error after connection: Status {{ {reason} }}"
+        )
+
+    monkeypatch.setattr(Client, "connect", connect)
+    with pytest.raises(ConfigError, match=r"refuses this client(?s:.*)TEMPORAL_API_KEY"):
+        await AsyncTaskComponent().connect()
 
 
 def says_how_to_start_one(address: str) -> str:

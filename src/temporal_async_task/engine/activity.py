@@ -394,6 +394,14 @@ class _Attempt:
                 await complete(self._client, token, payload)
             case Failed(error):
                 await self._end(error, type(error).__name__, journal)
+                in_clear = not self._values.encrypts
+                logger.error(
+                    "Task run %s of %s has failed: %s",
+                    self.task_id,
+                    self._execution.task_name,
+                    ErrorInfo.of(error) if in_clear else type(error).__name__,
+                    exc_info=error if in_clear else None,
+                )
             case Cancelled(reason):
                 sealed = await insist(lambda: self._values.seal_text(reason), "encode why the run was cancelled")
                 await self._execution.cancel_done(sealed)
