@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,6 +33,7 @@ from temporal_async_task import (
     async_task,
     current_run,
     current_step,
+    poll,
     sleep,
     step,
 )
@@ -780,6 +782,136 @@ class TestCancellation:
 
         with pytest.raises(RuntimeError, match="cancelled by its own code"):
             TaskRun(task).execute()
+
+
+class TestCallsThatAreCancelledFromElsewhere:
+    """A call ends in ``CancelledError`` of its own making, or of a task that it shares: its run was not cancelled."""
+
+    @staticmethod
+    def order(deliver: Callable[[], Any], **policy: Any) -> Any:
+        @async_task(retry_policy=RetryPolicy(**{"max_retries": 3, "initial_delay": 10, "jitter": 0} | policy))
+        async def task() -> int:
+            try:
+                return await step("deliver", deliver)
+            except asyncio.CancelledError:
+                await step("refund", one)
+                raise
+
+        return task
+
+    def test_it_is_a_failed_call_like_any_other(self):
+        run = TaskRun(self.order(two))
+        run.on("deliver").raises(asyncio.CancelledError())
+        assert run.execute() == 2
+        assert [call.key for call in run.calls] == ["deliver", "deliver"]
+        assert run.elapsed == 10
+
+    def test_so_is_a_sync_call_that_raises_it(self):
+        answers = [asyncio.CancelledError()]
+
+        def deliver() -> int:
+            if answers:
+                raise answers.pop()
+            return 2
+
+        run = TaskRun(self.order(deliver))
+        assert run.execute() == 2
+        assert run.calls_of("refund") == 0
+
+    def test_so_is_one_that_waits_for_a_task_which_somebody_else_cancels(self):
+        async def deliver() -> int:
+            if run.calls_of("deliver") > 1:
+                return 2
+            token = asyncio.create_task(asyncio.sleep(100))
+            asyncio.get_running_loop().call_later(5, token.cancel)
+            await token
+            return 0
+
+        run = TaskRun(self.order(deliver))
+        assert run.execute() == 2
+        assert run.calls_of("refund") == 0
+        assert run.elapsed == 15
+
+    def test_so_is_a_polls(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            try:
+                return await poll("ready", one, every=10)
+            except asyncio.CancelledError:
+                return 0
+
+        run = TaskRun(task)
+        run.on("ready").raises(asyncio.CancelledError())
+        assert run.execute() == 1
+        assert run.calls_of("ready") == 2
+
+    def test_out_of_retries_it_fails_its_step(self):
+        run = TaskRun(self.order(two, max_retries=0))
+        run.on("deliver").raises(asyncio.CancelledError())
+        with pytest.raises(StepFailedError, match="cancelled, though its run was not") as raised:
+            run.execute()
+        assert isinstance(raised.value.__cause__, RuntimeError)
+        assert run.calls_of("refund") == 0
+
+    def test_in_a_cleanup_it_is_one_too(self):
+        run = TaskRun(self.order(two))
+        run.on("deliver").takes(100)
+        run.on("refund").raises(asyncio.CancelledError())
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["deliver", "refund", "refund"]
+
+    @pytest.mark.parametrize("first", ["the run", "the token"])
+    def test_a_cancellation_of_the_run_at_the_same_moment_is_one(self, first: str):
+        async def deliver() -> None:
+            token = asyncio.create_task(asyncio.sleep(100))
+            asyncio.get_running_loop().call_at(5 if first == "the run" else 4.9999999, token.cancel)
+            await token
+
+        run = TaskRun(self.order(deliver))
+        run.cancel(at=5)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["deliver", "refund"]
+
+    def test_a_timeout_around_the_step_is_none_of_these(self):
+        @async_task
+        async def task() -> str:
+            try:
+                async with asyncio.timeout(5):
+                    await step("deliver", two)
+            except TimeoutError:
+                return "too slow"
+            return "delivered"
+
+        run = TaskRun(task)
+        run.on("deliver").takes(100)
+        assert run.execute() == "too slow"
+
+    def test_the_steps_own_timeout_is_one_in_a_cleanup_too(self):
+        run = TaskRun(self.order(two, max_retries=0))
+        run.task.step_timeout = 50
+        run.on("deliver").takes(20)
+        run.on("refund").takes(51)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.calls_of("refund") == 1
+        assert "no answer within the step's timeout of 50" in str(run.journal.get("refund"))
+
+    def test_a_body_that_has_asked_to_be_cancelled_is_so_at_its_next_step(self):
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> int:
+            current = asyncio.current_task()
+            assert current is not None
+            current.cancel()  # as a TaskGroup does from Python 3.13 on, if its errors came with a cancellation
+            return await step("deliver", two)
+
+        run = TaskRun(task)
+        run.on("deliver").takes(1)
+        with pytest.raises(RuntimeError, match="cancelled by its own code"):
+            run.execute()
 
 
 class TestAtMostOnce:

@@ -74,6 +74,11 @@ def _landed(call: Callable[[], Any], land: Callable[[Any], None]) -> Any:
     return result
 
 
+def _cancels_raised(task: asyncio.Task[Any]) -> int:
+    """How often a task was cancelled, but for a request that will be raised at its next ``await``."""
+    return task.cancelling() - getattr(task, "_must_cancel", False)
+
+
 def _done() -> Future[None]:
     landed: Future[None] = Future()
     landed.set_result(None)
@@ -350,8 +355,10 @@ class Runner(Attempt):
         # What the call begins is not the attempt's: a task that refreshes a token may serve other runs, too.
         own = scope.set(None)
         current = asyncio.current_task()
+        cancels = 0
         if current is not None:
             doing[current] = f"{self._place}, step {call.key!r}"
+            cancels = _cancels_raised(current)
         try:
             async with limit:
                 return await self.make_call(call, land)
@@ -363,6 +370,11 @@ class Runner(Attempt):
             if not self.unwinding and not self._ended.done():  # it was another's, which this call has waited for
                 raise RuntimeError("a task that was shared with another run was stopped with it") from None
             raise
+        except asyncio.CancelledError as error:
+            if current is not None and current.cancelling() > cancels:
+                raise
+            # It is the call's own, or of something that it has waited for: the body would take it for the run's.
+            raise RuntimeError("the call was cancelled, though its run was not (CancelledError)") from error
         finally:
             scope.reset(own)
             step_var.reset(token)
