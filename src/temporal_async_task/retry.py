@@ -21,6 +21,7 @@ from temporal_async_task.errors import (
     RetryableError,
     StepFailedError,
     StepUsageError,
+    TaskConflictError,
     TaskFailedError,
 )
 from temporal_async_task.http_errors import (
@@ -61,6 +62,7 @@ _FINAL_ERRORS = (
     ConfigError,
     StepUsageError,
     StepFailedError,
+    TaskConflictError,
     TaskFailedError,
 )
 # RFC 9110: Request Timeout; RFC 8470: Too Early; RFC 6585: Too Many Requests.

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from support import App, on_both, wait_until
+from support import App, on_both, status_when, wait_until
 from temporal_async_task import (
+    AsyncTaskError,
     NonRetryableError,
     StepFailedError,
     StepState,
@@ -133,3 +134,73 @@ async def test_resuming_a_parent_resumes_the_child_that_failed_it(app: App):
     assert await parent.result(task_id, timeout=20) == "picture"
     assert calls == ["pay", "render", "render"]
     assert (await parent.get_status(task_id)).status is TaskStatus.COMPLETED
+
+
+@on_both
+async def test_resuming_a_parent_that_was_cancelled_while_it_waited_resumes_its_child(app: App):
+    @async_task
+    async def child() -> None:
+        await sleep("long", 600)
+
+    @async_task
+    async def parent() -> None:
+        await step("child", child.run)
+
+    await app.start(child, parent)
+    task_id = await parent.submit()
+    [waiting] = (await status_when(parent, task_id, lambda run: run.steps and run.steps[0].state == "waiting")).steps
+    await parent.cancel(task_id)
+    for task, its_id in (parent, task_id), (child, waiting.child_task_id):
+        with pytest.raises(TaskCancelledError):
+            await task.result(its_id or "", timeout=20)
+    await parent.resume(task_id)
+    await status_when(child, waiting.child_task_id or "", lambda run: run.status is TaskStatus.PROCESSING)
+
+
+@on_both
+async def test_a_child_that_cannot_be_cancelled_at_first_is_cancelled_in_the_end(
+    app: App, monkeypatch: pytest.MonkeyPatch
+):
+    tries: list[str] = []
+
+    @async_task
+    async def child() -> None:
+        await sleep("long", 600)
+
+    @async_task
+    async def parent() -> None:
+        await step("child", child.run)
+
+    async def limited(task_id: str, reason: str = "") -> None:
+        tries.append(task_id)
+        if len(tries) < 4:
+            raise AsyncTaskError("The Temporal server refused the call: RESOURCE_EXHAUSTED")
+        await cancel(task_id, reason)
+
+    cancel = child.cancel
+    await app.start(child, parent)
+    task_id = await parent.submit()
+    [waiting] = (await status_when(parent, task_id, lambda run: run.steps and run.steps[0].state == "waiting")).steps
+    monkeypatch.setattr(child, "cancel", limited)
+    await parent.cancel(task_id, "changed my mind")
+    for task, its_id in (parent, task_id), (child, waiting.child_task_id):
+        with pytest.raises(TaskCancelledError, match="changed my mind"):
+            await task.result(its_id or "", timeout=20)
+    assert tries == [waiting.child_task_id] * 4
+
+
+async def test_an_id_that_stands_for_a_run_of_another_task_fails_the_step(app: App):
+    @async_task
+    async def child() -> None: ...
+
+    @async_task
+    async def other() -> None: ...
+
+    @async_task
+    async def parent() -> None:
+        await step("child", child.run, task_id=other_id)
+
+    await app.start(child, other, parent)
+    other_id = await other.submit()
+    with pytest.raises(TaskFailedError, match="TaskConflictError"):
+        await parent.run(timeout=20)

@@ -28,6 +28,7 @@ from temporal_async_task.errors import (
     RetryableError,
     StepFailedError,
     StepUsageError,
+    TaskConflictError,
     TaskFailedError,
     TaskNotFoundError,
     WorkerLostError,
@@ -354,6 +355,7 @@ def test_a_programming_error_while_an_http_error_was_handled_is_still_one():
         caused_by(ConnectionError(), StepFailedError("download", 4, "ConnectionError", "")),
         WorkerLostError("download", 10, "WorkerLostError", ""),
         TaskFailedError("child", "ValueError", ""),
+        TaskConflictError(),
     ],
     ids=lambda error: type(error).__name__,
 )

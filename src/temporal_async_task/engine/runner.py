@@ -30,12 +30,22 @@ from temporal_async_task.errors import (
     StepFailedError,
     StepUsageError,
     StorageError,
+    TaskConflictError,
     TaskFailedError,
     TaskNotFoundError,
 )
 from temporal_async_task.retry import RetryPolicy, decide
 from temporal_async_task.status import StepState, TaskResult, TaskStatus
-from temporal_async_task.steps import ChildTask, StepCall, check_text, child_of, idempotency_key, seconds, step_var
+from temporal_async_task.steps import (
+    ChildTask,
+    StepCall,
+    StepOptions,
+    check_text,
+    child_of,
+    idempotency_key,
+    seconds,
+    step_var,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -45,6 +55,8 @@ logger = logging.getLogger("temporal_async_task")
 
 _READS = 6
 """Times that a worker tries to read a result, some nine seconds in all, before it leaves the run to another."""
+_CHILD_CANCEL_TIMEOUT = 15.0
+"""Seconds for one try to cancel a child: a few of them fit into what a cancelled body may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +144,17 @@ class Runner(Attempt):
             run = await _status_of(child, child_id) if record.child is not None else None
             if run is None:
                 record.child = child_id  # before it is submitted, so that a cancellation meanwhile reaches it
-                await child.submit(*call.args, **(options | {"task_id": child_id}))
+                try:
+                    await child.submit(*call.args, **(options | {"task_id": child_id}))
+                except TaskConflictError:
+                    # An attempt that was lost has submitted it, and the params were others then; or it is no child.
+                    if options.get("task_id") or await _status_of(child, child_id) is None:
+                        record.child = None
+                        raise
             elif record.calls == 0 and run.status is TaskStatus.FAILED:
-                await child.resume(child_id)  # this run was resumed, and so is what made it fail
+                # This run was resumed, and so is what made it fail; unless somebody else was quicker.
+                with contextlib.suppress(TaskConflictError):
+                    await child.resume(child_id)
             run = await child.get_status(child_id)
             if run.status is TaskStatus.FAILED:
                 raise TaskFailedError(child_id, run.error_type or "Error", run.error or "")
@@ -144,18 +164,42 @@ class Runner(Attempt):
             return _Ready(run.result) if run.status is TaskStatus.COMPLETED else None
 
         with self._in_flight(call.key, "step"):
-            record = await self._find(call.key)
             try:
+                record = await self._find(call.key)
                 if record.state is not StepState.COMPLETED:
                     await self._poll(
                         replace(call, call=look, args=(), kwargs={}), record, _child_pause, timeout and seconds(timeout)
                     )
             except asyncio.CancelledError:
-                if self._cancelled and record.child is not None:
-                    with contextlib.suppress(TaskNotFoundError):
-                        await child.cancel(record.child, self.journal.cancel_reason or "")
+                begun = self.journal.get(call.key)
+                if self._cancelled and begun is not None and begun.child is not None and begun.finished is None:
+                    await self._cancel_child(child, call, begun)
                 raise
             return await self._answer(record, call.options.result_type or child.result_type)
+
+    async def _cancel_child(self, child: ChildTask, call: StepCall, record: StepRecord) -> None:
+        """Cancel a child with its parent, however often that fails. Between two tries the attempt may end."""
+        args = (record.child, self.journal.cancel_reason or "")
+        cancel = StepCall(call.key, child.cancel, args, options=StepOptions(timeout=_CHILD_CANCEL_TIMEOUT))
+        while True:
+            record.state, record.due = StepState.RETRYING, None
+            try:
+                await self._call(cancel, record)
+            except TaskNotFoundError:
+                return
+            except Exception as error:
+                record.failures += 1
+                record.error = ErrorInfo.of(error)
+                record.due = self._carrier.now() + _child_pause(record.failures)
+                logger.warning(
+                    "Task run %s: its child %s cannot be cancelled (%s); trying again",
+                    self.settings.task_id,
+                    record.child,
+                    record.error if self.settings.log_errors else record.error.type,
+                )
+                await self._turn(record)
+            else:
+                return
 
     async def sleep(self, key: str, duration: float) -> None:
         """Wait until ``duration`` seconds after the first ask. See ``steps.sleep``."""
