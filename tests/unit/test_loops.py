@@ -19,7 +19,7 @@ from temporalio import activity
 from temporalio.testing import ActivityEnvironment
 
 from support import wait_until
-from temporal_async_task import RetryPolicy, async_task, step
+from temporal_async_task import RetryPolicy, StepFailedError, async_task, step
 from temporal_async_task.engine.loops import STALL, DaemonThreads, UserLoop, UserLoops
 from temporal_async_task.engine.unwind import Unwind, prepare, scope
 from temporal_async_task.testing import TaskRun
@@ -116,6 +116,30 @@ class TestUserLoop:
         loop.call_soon(made.append, "called")  # as an attempt does that is told of the shutdown too late
         loop.stop()
         assert made == []
+
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+    def test_a_callback_that_would_end_the_process_does_not_end_the_loop(
+        self, loop: UserLoop, error: BaseException, caplog: pytest.LogCaptureFixture
+    ):
+        def leave() -> None:
+            raise error
+
+        waiting = loop.run(asyncio.sleep(0.1, "woken"))
+        loop.call_soon(leave)
+        assert waiting.result(5) == "woken"
+        assert loop.run(asyncio.sleep(0, "served")).result(5) == "served"
+        assert f"raised {type(error).__name__}; it cannot end the worker" in caplog.text
+
+    def test_nor_does_it_take_what_was_posted_with_it_along(self, loop: UserLoop, blocker: Blocker):
+        def leave() -> None:
+            raise SystemExit(3)
+
+        loop.call_soon(blocker.hold)
+        blocker.entered.wait(5)
+        loop.call_soon(leave)
+        posted = loop.run(asyncio.sleep(0, "served"))
+        blocker.release()
+        assert posted.result(5) == "served"
 
     async def test_stopping_does_not_wait_for_code_that_blocks(self, blocker: Blocker):
         loop = UserLoop()
@@ -725,6 +749,22 @@ class TestUnwinding:
 
         refused = f"The task's code raised {type(error).__name__}; it cannot end the worker."
         assert run_in(Attempt(), code) == refused
+
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+    def test_so_does_a_child_of_a_call_and_the_call_with_it(self, error: BaseException):
+        async def leave() -> None:
+            raise error
+
+        async def call() -> str:
+            await asyncio.gather(leave(), asyncio.sleep(100))
+            return "left"
+
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> str:
+            return await step("call", call)
+
+        with pytest.raises(StepFailedError, match=f"raised {type(error).__name__}; it cannot end the worker"):
+            TaskRun(task).execute()
 
     def test_a_task_shows_the_users_function(self):
         shown: list[str] = []

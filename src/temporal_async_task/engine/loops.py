@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from temporalio import activity
 
 from temporal_async_task.engine.mailbox import WokenOnceEventLoop
-from temporal_async_task.engine.unwind import doing, prepare
+from temporal_async_task.engine.unwind import EXITS, doing, exit_refused, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -55,7 +55,15 @@ class UserLoop:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        while True:
+            try:
+                self._loop.run_forever()
+            except EXITS as error:  # of a callback; a task's is refused in the task
+                refused = exit_refused(error)
+                logger.exception("%s", refused)
+                self.call_soon(_nothing)  # brings what was posted with it
+            else:
+                return
 
     def run(self, coro: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run a coroutine on this loop, with the caller's context variables but for the SDK's activity."""
@@ -117,6 +125,10 @@ class UserLoop:
         self._thread.join(timeout)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _nothing() -> None:
+    """Wakes a loop."""
 
 
 class UserLoops:

@@ -36,37 +36,38 @@ scope: ContextVar[TaskScope | None] = ContextVar("scope", default=None)
 doing: WeakKeyDictionary[asyncio.Task[Any], str] = WeakKeyDictionary()
 """What the asyncio tasks of attempts are at, for people to read."""
 
-_EXITS = (SystemExit, KeyboardInterrupt)
+EXITS = (SystemExit, KeyboardInterrupt)
+"""Errors that asyncio raises through the event loop, from whatever runs on it."""
 
 
-def _exit_refused(error: BaseException) -> RuntimeError:
-    # asyncio would raise it through the event loop, and end every other task on it.
+def exit_refused(error: BaseException) -> RuntimeError:
+    """What is raised, or told, in the place of an exit: it would end every other task on the loop."""
     return RuntimeError(f"The task's code raised {type(error).__name__}; it cannot end the worker.")
 
 
 class _Unwindable(Coroutine[Any, Any, Any]):
-    """A coroutine that receives ``Unwind`` where asyncio throws ``CancelledError`` to stop it."""
+    """A coroutine that receives ``Unwind`` where asyncio throws ``CancelledError`` to stop it, and does not exit."""
 
     __slots__ = ("_coro", "_scope")
 
-    def __init__(self, coro: Coroutine[Any, Any, Any], scope: TaskScope) -> None:
+    def __init__(self, coro: Coroutine[Any, Any, Any], scope: TaskScope | None) -> None:
         self._coro = coro
         self._scope = scope
 
     def send(self, value: Any) -> Any:
         try:
             return self._coro.send(value)
-        except _EXITS as error:
-            raise _exit_refused(error) from error
+        except EXITS as error:
+            raise exit_refused(error) from error
 
     def throw(self, typ: Any, val: Any = None, tb: Any = None) -> Any:
         error = typ if val is None else val
-        if self._scope.unwinding and isinstance(error, asyncio.CancelledError):
+        if self._scope is not None and self._scope.unwinding and isinstance(error, asyncio.CancelledError):
             error = Unwind()
         try:
             return self._coro.throw(error if tb is None else error.with_traceback(tb))
-        except _EXITS as exit_error:
-            raise _exit_refused(exit_error) from exit_error
+        except EXITS as exit_error:
+            raise exit_refused(exit_error) from exit_error
 
     def close(self) -> None:
         self._coro.close()
@@ -83,10 +84,9 @@ def _new_task(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], *
     """Create a task; one that an attempt's code creates (``gather``, ``TaskGroup``) belongs to the attempt."""
     context = options.get("context")
     owner = context.get(scope) if context is not None else scope.get()
-    if owner is None:
-        return asyncio.Task(coro, loop=loop, **options)
     task = asyncio.Task(_Unwindable(coro, owner), loop=loop, **options)
-    owner.adopt(task)
+    if owner is not None:
+        owner.adopt(task)
     return task
 
 
