@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import threading
 import time
@@ -36,6 +37,7 @@ from temporal_async_task import (
     poll,
     sleep,
     step,
+    testing,
 )
 from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Parked, Superseded
 from temporal_async_task.testing import TaskRun
@@ -1119,6 +1121,112 @@ class TestGenerators:
         with pytest.raises(TaskCancelledError):
             run.execute()
         assert run.calls_of("release") == 1
+
+
+class SlowThreads(concurrent.futures.Executor):
+    """Makes each call after so many virtual seconds; nothing stops it, as nothing stops a thread."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.left = 0
+        """Calls that nobody waits for any more."""
+
+    def _leave(self) -> bool:
+        self.left += 1
+        return False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        def make() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.cancel = self._leave  # type: ignore[method-assign]
+        asyncio.get_running_loop().call_later(self.seconds, make)
+        return future
+
+
+class TestGeneratorsBetweenTwoSteps:
+    """A generator's own code runs in a thread, where nothing can be raised: it is told at its next ``yield``."""
+
+    @pytest.fixture(autouse=True)
+    def threads(self, monkeypatch: pytest.MonkeyPatch) -> SlowThreads:
+        threads = SlowThreads(5)
+        monkeypatch.setattr(testing, "_Inline", lambda: threads)
+        return threads
+
+    @staticmethod
+    def render(then: Callable[[], object]) -> TaskRun[int]:
+        @async_task
+        def task():
+            yield Step("start", one)
+            try:
+                then()
+                return (yield Step("render", two))
+            except asyncio.CancelledError:
+                yield Step("stop", three)
+                raise
+
+        return TaskRun(task)
+
+    def test_a_cancellation_that_comes_there_is_told_at_the_next_step_which_is_not_called(self):
+        run = self.render(lambda: None)
+        run.cancel(at=7)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["start", "stop"]
+        assert outcomes(run) == [Cancelled]
+        assert run.elapsed == 20  # four stretches, the one that it came in to its end
+
+    def test_code_that_fails_there_has_failed_in_its_cleanup(self, caplog: pytest.LogCaptureFixture):
+        def fails() -> None:
+            raise OSError("disk full")
+
+        run = self.render(fails)
+        run.cancel(at=7)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert "its cleanup failed (OSError)" in caplog.text
+        assert run.elapsed == 10
+
+    def test_code_that_ends_there_is_cancelled(self):
+        @async_task
+        def task():
+            return (yield Step("start", one))
+
+        run = TaskRun(task)
+        run.cancel(at=7)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.elapsed == 15
+
+    def test_code_that_takes_too_long_is_left(self, threads: SlowThreads):
+        threads.seconds = 100
+        run = self.render(lambda: None)
+        run.cancel(at=107)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["start"]
+        assert run.elapsed == pytest.approx(167)
+        assert threads.left == 1
+
+    def test_a_worker_that_shuts_down_meanwhile_cancels_nothing(self, threads: SlowThreads):
+        run = self.render(lambda: None)
+        run.interrupt(at=7)
+        assert run.execute() == 2
+        assert threads.left == 1
+        assert [call.key for call in run.calls] == ["start", "render"]
+        assert outcomes(run) == [Parked, Completed]
+
+    def test_an_error_of_the_code_itself_is_its_own(self):
+        def cancels() -> None:
+            raise asyncio.CancelledError
+
+        run = self.render(cancels)
+        with pytest.raises(RuntimeError, match="cancelled by its own code"):
+            run.execute(max_attempts=10)
 
 
 class TestMisuse:

@@ -562,10 +562,14 @@ class Attempt:
         """Call the user's function: on the event loop if it is async, in a thread if not."""
         if is_async(call):
             return await call(*args, **kwargs)
+        result = await self.in_thread(call, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+    def in_thread(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> asyncio.Future[T]:
+        """Call a sync function in a thread."""
         context = contextvars.copy_context()
         run = functools.partial(context.run, call, *args, **kwargs)
-        result = await self._loop.run_in_executor(self._threads, _without_stop_iteration, run)
-        return await result if inspect.isawaitable(result) else result
+        return self._loop.run_in_executor(self._threads, _without_stop_iteration, run)
 
     def _step_info(self, key: str, record: StepRecord) -> StepInfo:
         return StepInfo(key, record.failures + 1, self.settings.origin, record.key)

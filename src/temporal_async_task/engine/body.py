@@ -39,10 +39,17 @@ def is_sync(function: Callable[..., Any]) -> bool:
 async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) -> Any:
     """Drive a plain generator. Its code may block, so every stretch of it runs in a thread."""
     resume: Callable[[], Any] = functools.partial(next, generator)
+    stretch: asyncio.Future[tuple[bool, Any]] | None = None
     try:
         while True:
             with runner.busy():
-                done, value = await runner.invoke(_advance, resume)
+                stretch = runner.in_thread(_advance, resume)
+                try:
+                    done, value = await asyncio.shield(stretch)
+                except asyncio.CancelledError as error:
+                    await stretch  # it cannot be stopped; the cancellation is raised at the `yield` that it comes to
+                    resume = functools.partial(generator.throw, error)
+                    continue
             if done:
                 return value
             if isinstance(value, Result):
@@ -54,6 +61,8 @@ async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) ->
             else:
                 resume = functools.partial(generator.send, result)
     finally:
+        if stretch is not None:
+            stretch.cancel()
         if not getattr(generator, "gi_running", False):  # else it is in its thread, and out of reach
             generator.close()
 
