@@ -471,6 +471,23 @@ class TestDaemonThreads:
                 await asyncio.wait_for(loop.run_in_executor(threads, blocker.hold), 0.1)
             assert await asyncio.wait_for(loop.run_in_executor(threads, str, 1), 5) == "1"
 
+    async def test_nor_does_it_after_a_backlog(self):
+        def flood(threads: DaemonThreads) -> None:
+            for _ in range(20):
+                results([threads.submit(pow, n, 2) for n in range(10)])
+
+        with pool(3) as threads:
+            await asyncio.gather(*(asyncio.to_thread(flood, threads) for _ in range(4)))
+            blockers = [Blocker() for _ in range(3)]
+            for hanging in blockers:
+                call = threads.submit(hanging.hold)
+                assert await asyncio.to_thread(hanging.entered.wait, 5)
+                call.cancel()
+            meet = Rendezvous(3)
+            assert len(set(results([threads.submit(meet) for _ in range(3)]))) == 3
+            for hanging in blockers:
+                hanging.release()
+
     async def test_calls_that_wait_for_a_thread_get_one_when_those_before_them_are_left(self, blocker: Blocker):
         with pool(1) as threads:
             loop = asyncio.get_running_loop()

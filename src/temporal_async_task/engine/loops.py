@@ -254,51 +254,57 @@ class DaemonThreads(concurrent.futures.Executor):
         self._max_workers = max_workers
         self._work: queue.SimpleQueue[tuple[_Call[Any], Callable[[], Any]] | None]
         self._work = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._count = 0
+        self._free = 0  # of the count: threads that come for a call, each for one of those in the queue
         self._left = 0  # of the count: threads whose call was left
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
         future: _Call[T] = _Call(self._leave)
         self._work.put((future, lambda: fn(*args, **kwargs)))
-        if not self._idle.acquire(blocking=False):
-            self._add_thread()
+        with self._lock:
+            self._add_thread_if_short()
         return future
 
-    def _add_thread(self) -> None:
-        with self._lock:
-            if self._count - self._left < self._max_workers:
-                self._count += 1
-                name = f"async-task-call-{next(_numbers)}"
-                threading.Thread(target=self._run, name=name, daemon=True).start()
+    def _add_thread_if_short(self) -> None:
+        if self._work.qsize() > self._free and self._count - self._left < self._max_workers:
+            self._count += 1
+            self._free += 1
+            name = f"async-task-call-{next(_numbers)}"
+            threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def _leave(self) -> None:
         """A call that is being made is not waited for any more: its thread may never be free again."""
         with self._lock:
             self._left += 1
-        if not self._work.empty():
-            self._add_thread()
+            self._add_thread_if_short()
 
-    def _come_back(self) -> bool:
-        """A call that was left has ended. Whether its thread is one too many now."""
+    def _begin(self) -> None:
+        """A thread has a call."""
         with self._lock:
-            self._left -= 1
-            if self._count - self._left > self._max_workers:
-                self._count -= 1
-                return True
-        return False
+            self._free -= 1
+            self._add_thread_if_short()  # a call that came just now may have counted on this thread
+
+    def _end(self, was_left: bool) -> bool:  # noqa: FBT001 - what a call has returned
+        """A thread's call has ended. Whether the thread stays: after a call that was left it may be one too many."""
+        with self._lock:
+            self._left -= was_left
+            stays = self._count - self._left <= self._max_workers
+            self._free += stays
+            self._count -= not stays
+            return stays
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
+            self._begin()
             future, call = item
             del item
-            if future.make(call) and self._come_back():
-                return
+            was_left = future.make(call)
             del future, call
-            self._idle.release()
+            if not self._end(was_left):
+                return
+        self._work.put(None)  # for the others
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
         """Let the threads go once they are done; nothing is waited for."""
-        for _ in range(self._count):
-            self._work.put(None)
+        self._work.put(None)
