@@ -76,6 +76,11 @@ class Think:
 
 
 @dataclass(frozen=True)
+class Trip:
+    """The body itself fails here, once."""
+
+
+@dataclass(frozen=True)
 class Many:
     """Some of these, one after the other or all at once."""
 
@@ -83,7 +88,7 @@ class Many:
     parts: tuple[Part, ...]
 
 
-Part = Call | Poll | Sleep | Think | Many
+Part = Call | Poll | Sleep | Think | Trip | Many
 
 # Moments are few, so that things often happen at the same one.
 moments = st.sampled_from([0.0, 0.25, 1.0, 2.0, 5.0, 10.0, 20.0])
@@ -110,6 +115,15 @@ bodies = st.recursive(
     ),
     max_leaves=8,
 )
+# Between steps, when none is in flight: so it is no reason for another call.
+tripping = st.builds(
+    Many,
+    how=st.just("in turn"),
+    parts=st.lists(bodies | st.just(Trip()), min_size=2, max_size=4)
+    .filter(lambda parts: 0 < parts.count(Trip()) <= MAX_RETRIES)
+    .map(tuple),
+)
+bodies |= tripping
 policies = st.sampled_from([0.0, 0.5, 2.0, 10.0]).map(
     lambda delay: RetryPolicy(max_retries=MAX_RETRIES, initial_delay=delay, max_delay=60, jitter=0)
 )
@@ -194,6 +208,14 @@ class World:
     plan: dict[str, Call | Poll]
     answers: list[tuple[str, int, Answer]] = field(default_factory=list[tuple[str, int, Answer]])
     """Key, attempt and answer of each call that came to its end."""
+    tripped: set[str] = field(default_factory=set[str])
+    """Where the body has failed."""
+
+    def trip(self, path: str) -> None:
+        """Fail, the first time."""
+        if path not in self.tripped:
+            self.tripped.add(path)
+            raise OSError(f"the body trips at {path}")
 
     def call(self, key: str) -> Callable[[], Any]:
         """What the step ``key`` calls."""
@@ -271,6 +293,8 @@ def run_of(body: Part, policy: RetryPolicy, fate: Misfortunes) -> tuple[WatchedR
                 return await sleep(path, duration)
             case Think(duration):
                 return await asyncio.sleep(duration)
+            case Trip():
+                return world.trip(path)
             case Many("in turn", parts):
                 return [await perform(inner, f"{path}.{n}") for n, inner in enumerate(parts)]
             case Many("gather", parts):

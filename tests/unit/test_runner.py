@@ -308,6 +308,41 @@ class TestRetries:
         assert run.calls_of("a") == 1
         assert run.elapsed == 30
 
+    def test_a_body_that_was_run_again_in_place_may_be_parked(self):
+        failures = [RetryableError("between steps", retry_after=0.2)]
+        left: list[int] = []
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            await step("a", one)
+            if failures:
+                raise failures.pop()
+            try:
+                await sleep("nap", 600)
+            finally:
+                left.append(1)
+            return await step("b", two)
+
+        run = TaskRun(task)
+        assert run.execute() == 2
+        assert outcomes(run) == [Parked, Completed]
+        assert len(left) == 2  # unwound, and then left by itself
+
+    def test_a_body_that_was_run_again_in_place_may_be_interrupted(self):
+        failures = [RetryableError("between steps", retry_after=0.2)]
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> int:
+            if failures:
+                raise failures.pop()
+            return await step("a", one)
+
+        run = TaskRun(task)
+        run.on("a").takes(10)
+        run.interrupt(at=5)
+        assert run.execute() == 1
+        assert outcomes(run) == [Parked, Completed]
+
     def test_a_body_out_of_retries_fails_with_its_own_error(self):
         @async_task(retry_policy=STEADY)
         async def task() -> None:

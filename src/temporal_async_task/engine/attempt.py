@@ -177,7 +177,7 @@ class Attempt:
             await asyncio.wait((self._ended,), timeout=max(wait, 0))
             if self._ended.done():
                 return self._ended.result()
-            self.unwinding = False
+            self.unwinding = self._body_was_first = False
             self._body = None
             self._asked.clear()
 
@@ -212,9 +212,11 @@ class Attempt:
             return self._ended.result()
         return await self._body_outcome(running)
 
-    def _note_body_done(self, _: asyncio.Task[Any]) -> None:
+    def _note_body_done(self, body: asyncio.Task[Any]) -> None:
         # What the body does once its attempt has ended is no outcome: it was told to leave.
         self._body_was_first = not self._ended.done()
+        if not body.cancelled():
+            body.exception()  # seen, and no news to asyncio
 
     async def _body_outcome(self, body: asyncio.Task[Any]) -> Outcome:
         if body.cancelled():
