@@ -103,6 +103,33 @@ async def test_cancelling_a_parent_cancels_its_child(app: App):
 
 
 @on_both
+async def test_cancelling_a_parent_cancels_all_of_its_children(app: App):
+    @async_task
+    async def child(n: int) -> None:
+        await sleep("long", 600)
+
+    @async_task
+    async def parent() -> None:
+        await asyncio.gather(*(step(f"child-{n}", child.run, n) for n in range(3)))
+
+    await app.start(child, parent)
+    task_id = await parent.submit()
+
+    async def children_wait() -> list[str] | None:
+        steps = (await parent.get_status(task_id)).steps
+        waiting = [found.child_task_id or "" for found in steps if found.state is StepState.WAITING]
+        return waiting if len(waiting) == 3 else None
+
+    child_ids = await wait_until(children_wait)
+    await parent.cancel(task_id, "changed my mind")
+    with pytest.raises(TaskCancelledError):
+        await parent.result(task_id, timeout=10)
+    for child_id in child_ids:
+        with pytest.raises(TaskCancelledError, match="changed my mind"):
+            await child.result(child_id, timeout=10)
+
+
+@on_both
 async def test_resuming_a_parent_resumes_the_child_that_failed_it(app: App):
     broken = True
     calls: list[str] = []

@@ -768,6 +768,190 @@ class TestCancellation:
             run.execute()
         assert run.elapsed == 10
 
+    @staticmethod
+    async def scene(n: int) -> None:
+        """Renders, and releases what a cancelled rendering has reserved."""
+        try:
+            await step(f"render-{n}", one)
+        except asyncio.CancelledError:
+            await step(f"release-{n}", two)
+            raise
+
+    @pytest.mark.parametrize("how", ["gather", "group", "nested groups", "wait", "as completed"])
+    def test_every_parallel_branch_of_a_waiting_run_is_told_and_cleans_up(self, how: str):
+        async def scenes() -> None:
+            match how:
+                case "gather":
+                    await asyncio.gather(self.scene(1), self.scene(2))
+                case "group":
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(self.scene(1))
+                        group.create_task(self.scene(2))
+                case "nested groups":
+                    async with asyncio.TaskGroup() as outer:
+                        outer.create_task(self.scene(1))
+                        async with asyncio.TaskGroup() as inner:
+                            inner.create_task(self.scene(2))
+                case "wait":
+                    tasks = [asyncio.create_task(self.scene(n)) for n in (1, 2)]
+                    try:
+                        await asyncio.wait(tasks)
+                    finally:
+                        await asyncio.wait(tasks)
+                case _:
+                    tasks = [asyncio.create_task(self.scene(n)) for n in (1, 2)]
+                    try:
+                        for task in asyncio.as_completed(tasks):
+                            await task
+                    finally:
+                        await asyncio.wait(tasks)
+
+        run = TaskRun(async_task(retry_policy=STEADY)(scenes))
+        for n in (1, 2):
+            run.on(f"render-{n}").raises(RetryableError("busy", retry_after=1000))
+            # The second attempt at the cleanup has to tell them anew.
+            run.on(f"release-{n}").raises(RetryableError("busy", retry_after=120))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert sorted((call.at, call.key) for call in run.calls) == [
+            (0, "render-1"),
+            (0, "render-2"),
+            (10, "release-1"),
+            (10, "release-2"),
+            (130, "release-1"),
+            (130, "release-2"),
+        ]
+        assert outcomes(run) == [Parked, Parked, Cancelled]
+
+    @pytest.mark.parametrize("waits", [True, False], ids=["waiting", "in a call"])
+    def test_gather_leaves_with_the_first_branch_and_the_others_clean_up_all_the_same(self, waits: bool):
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            await asyncio.gather(*(self.scene(n) for n in (1, 2, 3)))
+
+        run = TaskRun(task)
+        for n in (1, 2, 3):
+            if waits:
+                run.on(f"render-{n}").raises(RetryableError("busy", retry_after=1000))
+            else:
+                run.on(f"render-{n}").takes(1000)
+        run.on("release-2").takes(5)
+        run.on("release-3").raises(RetryableError("busy", retry_after=120))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls if call.at == 10] == ["release-1", "release-2", "release-3"]
+        assert [(call.at, call.key) for call in run.calls if call.at > 10] == [(130, "release-3")]
+        assert {"release-1", "release-2", "release-3"} == {record.key for record in run.journal.done()}
+
+    def test_a_branch_whose_cleanup_fails_does_not_end_that_of_another(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            await asyncio.gather(self.scene(1), self.scene(2))
+
+        run = TaskRun(task)
+        run.on("render-1").takes(100)
+        run.on("render-2").takes(100)
+        run.on("release-1").raises(NonRetryableError("gone"))
+        run.on("release-2").takes(5)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [record.key for record in run.journal.done()] == ["release-2"]
+
+    def test_what_is_not_told_of_the_cancellation_is_not_waited_for(self):
+        @async_task
+        async def task() -> None:
+            other = asyncio.create_task(asyncio.sleep(1000))
+            await step("render", one)
+            await other
+
+        run = TaskRun(task)
+        run.on("render").takes(100)
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.elapsed == 10
+
+    def test_a_finished_step_of_one_branch_does_not_keep_the_cancellation_from_another(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            await asyncio.gather(self.scene(1), longer())
+
+        async def longer() -> None:
+            for n in range(20):
+                await step(f"part-{n}", one)
+            await self.scene(2)
+
+        run = TaskRun(task)
+        for n in (1, 2):
+            run.on(f"render-{n}").raises(RetryableError("busy", retry_after=1000))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls if call.at == 10] == ["release-1", "release-2"]
+
+    @pytest.mark.parametrize("how", ["in turn", "gather"])
+    def test_a_branch_that_is_slow_to_come_to_its_open_step_is_told_there(self, how: str):
+        async def slow() -> None:
+            await asyncio.sleep(0.5)  # looks something up in a database, say
+            await self.scene(2)
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            if how == "gather":
+                await asyncio.gather(self.scene(1), slow(), step("long", one))
+            else:
+                await slow()
+
+        run = TaskRun(task)
+        run.on("long").takes(1).raises(RetryableError("busy", retry_after=1000))
+        for n in (1, 2):
+            run.on(f"render-{n}").raises(RetryableError("busy", retry_after=1000))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        scenes = {1, 2} if how == "gather" else {2}
+        assert {record.key for record in run.journal.done()} == {f"release-{n}" for n in scenes}
+
+    def test_a_step_that_the_code_no_longer_has_keeps_no_cancellation_from_the_others(self):
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            if current_run().attempt == 1:
+                await step("removed", one)
+            await self.scene(1)
+
+        run = TaskRun(task)
+        run.on("removed").raises(RetryableError("busy", retry_after=1000))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert [call.key for call in run.calls] == ["removed", "release-1"]
+        assert run.elapsed < 21
+
+    def test_a_branch_that_waits_for_something_else_does_not_keep_the_cancellation_from_a_step(self):
+        told: list[str] = []
+
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            await asyncio.gather(self.scene(1), forever())
+
+        async def forever() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                told.append("cancelled")
+                raise
+
+        run = TaskRun(task)
+        run.on("render-1").raises(RetryableError("busy", retry_after=1000))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert told == ["cancelled"]
+        assert [call.key for call in run.calls] == ["render-1", "release-1"]
+
     def test_a_task_without_steps_is_not_called_again_to_be_cancelled(self):
         calls: list[int] = []
 

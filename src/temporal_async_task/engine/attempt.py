@@ -53,10 +53,11 @@ from temporal_async_task.errors import (
     TaskTimeoutError,
 )
 from temporal_async_task.retry import decide
+from temporal_async_task.status import StepState
 from temporal_async_task.steps import RunInfo, StepInfo, runner_var
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
     from concurrent.futures import Executor, Future
 
     from temporal_async_task.steps import StepRunner
@@ -72,6 +73,8 @@ UNWIND_TIMEOUT = 3.0
 """Seconds that a body may take over its ``finally`` blocks when an attempt ends before it."""
 CLEANUP_TIMEOUT = 60.0
 """Seconds that a cancelled body may take over its cleanup."""
+CANCEL_PATIENCE = 10.0
+"""Seconds that a body gets to come to the steps that are to be cancelled, over awaits of its own."""
 _CANCEL_DELAY = 0.1  # seconds
 _CODEC_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _SETTLE_TICKS = 16
@@ -132,6 +135,7 @@ class Attempt:
         self._landing: set[asyncio.Future[None]] = set()  # results on their way into the journal
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
+        self._patient_until = 0.0
         self._body_was_first = False
         self._timers: list[asyncio.TimerHandle] = []
         self._note_timer: asyncio.TimerHandle | None = None
@@ -197,6 +201,7 @@ class Attempt:
         self.adopt(running)
         both = (running, self._ended)
         if self._cancelled and not self._cancel_delivered:
+            self._patient_until = self._loop.time() + CANCEL_PATIENCE
             self._timers.append(self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves))
         timeout = self.settings.step_timeout
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
@@ -221,7 +226,7 @@ class Attempt:
     async def _body_outcome(self, body: asyncio.Task[Any]) -> Outcome:
         if body.cancelled():
             if self._cancel_delivered:
-                return Cancelled(self.journal.cancel_reason or "")
+                return await self._cleaned_up()
             return self._body_failed(RuntimeError("The body was cancelled by its own code (CancelledError)."))
         error = body.exception()
         if error is None:
@@ -239,8 +244,14 @@ class Attempt:
                 type(error).__name__,
                 exc_info=error if self.settings.log_errors else None,
             )
-            return Cancelled(self.journal.cancel_reason or "")
+            return await self._cleaned_up()
         return self._body_failed(error)
+
+    async def _cleaned_up(self) -> Outcome:
+        """Wait for what else was told of the cancellation: ``gather`` leaves with the first of its branches."""
+        while not self._ended.done() and (told := {task for task in self._tasks if task.cancelling()}):
+            await asyncio.wait((*told, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        return self._ended.result() if self._ended.done() else Cancelled(self.journal.cancel_reason or "")
 
     def _body_failed(self, error: BaseException) -> Outcome:
         error = only_leaf(error)  # of a TaskGroup's: what failed is what is told
@@ -319,21 +330,34 @@ class Attempt:
         if not self.journal.cancelled_at:
             self.journal.cancelled_at = tuple(sorted(self._asking))
         self._note(after=0.0)
-        self._cancel_arriving = self._engine_task(self._settled())
+        self._cancel_arriving = self._engine_task(self._arrive(tuple(self._waiting)))
         body.cancel()
         over = Cancelled(self.journal.cancel_reason or "")
         for timer in self._timers:
             timer.cancel()  # from now on it is this bound that counts, and no deadline
         self._timers.append(self._loop.call_later(CLEANUP_TIMEOUT, self._end, over))
 
+    async def _arrive(self, waiting: Sequence[asyncio.Future[None]]) -> None:
+        """Let a cancellation go from the body to its children, a turn of the loop for each level."""
+        await self._settled()
+        for woken in waiting:
+            woken.cancel()  # of a task that the body does not pass it on to, as in asyncio.wait()
+
     def _cancel_at_rest(self, moves: int) -> None:
         """Raise a cancellation from before this attempt in a body that waits for something other than a step."""
         if self._cancel_delivered or self._body is None or self._body.done():
             return
-        if self._active == 0 and moves == self._moves:
+        is_over = self._loop.time() >= self._patient_until
+        if self._active == 0 and moves == self._moves and (is_over or not self._more_to_cancel()):
             self._deliver_cancel(self._body)
         else:
             self._timers.append(self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves))
+
+    def _more_to_cancel(self) -> bool:
+        """Whether the body has not come yet to all steps in which a cancellation from before is to be raised."""
+        is_open = {StepState.RUNNING, StepState.RETRYING, StepState.WAITING}
+        begun = (record.key for record in self.journal if record.is_begun and record.state in is_open)
+        return not self._asked.issuperset(self.journal.cancelled_at or begun)
 
     # Asyncio tasks that belong to the attempt (unwind.TaskScope)
 
@@ -394,12 +418,11 @@ class Attempt:
     async def _refuse_cancelled(self) -> None:
         """Raise a cancellation that was asked for before this attempt, in the place of a step."""
         self._refuse_if_ended()
-        if self._cancelled and not self._cancel_delivered and self._body is not None:
-            self._deliver_cancel(self._body)
-            await self._loop.create_future()  # it is raised here, or where the body awaits this step
+        if self._cancelled and not self._cancel_delivered:
+            # Of parallel steps each is to be told, and the others may not have come yet: until the body is at rest.
+            await self._park(Wait(NEVER))
         if self._cancel_arriving is not None and not self._cancel_arriving.done():
-            # From the body it goes on to its children, a turn of the loop for each level: this may be one of them.
-            await asyncio.wait((self._cancel_arriving,))
+            await asyncio.wait((self._cancel_arriving,))  # it may be on its way to this step
 
     async def _park(self, wait: Wait) -> None:
         """Wait outside of what is in flight: the attempt may end meanwhile, and mostly does."""
@@ -440,6 +463,10 @@ class Attempt:
                 moves = self._moves
                 await self._settled()
             if self._active or not self._waiting:
+                return
+            if self._cancelled and not self._cancel_delivered and self._body is not None:
+                if not self._more_to_cancel():  # else it is looked at again, by _cancel_at_rest
+                    self._deliver_cancel(self._body)
                 return
             waits = self._waiting.values()
             due = min(wait.due for wait in waits)
