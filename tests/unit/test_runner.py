@@ -66,6 +66,10 @@ def outcomes(run: TaskRun[Any]) -> list[type]:
     return [type(attempt.outcome) for attempt in run.attempts]
 
 
+def times_of(run: TaskRun[Any], key: str) -> list[float]:
+    return [call.at for call in run.calls if call.key == key]
+
+
 class TestFinishedSteps:
     def test_a_body_runs_its_steps_in_order_and_returns(self):
         run = TaskRun(three_steps)
@@ -680,6 +684,54 @@ class TestDeadline:
         with pytest.raises(TaskTimeoutError, match="in step 'a'"):
             run.execute()
         assert run.elapsed == 20
+
+    def test_an_attempt_that_begins_after_the_deadline_calls_nothing(self):
+        @async_task(timeout=20)
+        async def task() -> int:
+            return await step("a", one) + await step("b", two)
+
+        run = TaskRun(task, lost_after=30)
+        run.on("a").loses_worker(when="saved")
+        with pytest.raises(TaskTimeoutError):
+            run.execute()
+        assert run.elapsed == 30
+        assert [call.key for call in run.calls] == ["a"]
+
+    @pytest.mark.parametrize("waits", [True, False], ids=["waiting", "in a call"])
+    def test_the_cleanup_of_a_cancelled_run_goes_on_after_the_deadline(self, waits: bool):
+        @async_task(retry_policy=STEADY, timeout=100)
+        async def task() -> None:
+            try:
+                await (sleep("nap", 99) if waits else step("render", one))
+            except asyncio.CancelledError:
+                await step("refund", two)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").takes(1000)
+        run.on("refund").raises(RetryableError("busy", retry_after=10))
+        run.cancel(at=95)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert times_of(run, "refund") == [95, 105]
+        assert [record.key for record in run.journal.done()] == ["refund"]
+
+    def test_a_run_that_was_cancelled_in_time_is_cleaned_up_by_a_worker_that_comes_after_the_deadline(self):
+        @async_task(timeout=100)
+        async def task() -> None:
+            try:
+                await step("render", one)
+            except asyncio.CancelledError:
+                await step("refund", two)
+                raise
+
+        run = TaskRun(task)
+        run.on("render").takes(1000)
+        run.on("refund").loses_worker()
+        run.cancel(at=95)  # the loss is noticed at 110
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert times_of(run, "refund") == [95, 110]
 
 
 class TestCancellation:

@@ -145,8 +145,8 @@ class Attempt:
 
     async def run(self, body: Callable[[], Awaitable[Any]]) -> Outcome:
         """Run the body until it, or the attempt, ends."""
-        if self.settings.deadline is not None:
-            left = self.settings.deadline - self._carrier.now()
+        if self._deadline is not None:
+            left = self._deadline - self._carrier.now()
             self._timers.append(self._loop.call_later(max(left, 0), self._time_out))
         try:
             return await self._run(body)
@@ -167,6 +167,8 @@ class Attempt:
             return Cancelled(self.journal.cancel_reason or "")
         if self.journal.body.lost >= self.settings.max_lost_attempts:
             return Failed(recorded_failure(lost(self.journal.body)))
+        if self._deadline is not None and self._carrier.now() >= self._deadline:
+            return Failed(self._timeout_error())
         while True:
             outcome = await self._run_body(body)
             if self._asked or not isinstance(outcome, Completed):
@@ -279,12 +281,16 @@ class Attempt:
         """Whether the run's cancellation was asked for."""
         return self._cancelled
 
+    @property
+    def _deadline(self) -> float | None:
+        """When the run must have ended. A cancelled one has none: it is its cleanup that has a bound."""
+        return None if self._cancelled else self.settings.deadline
+
     def _parked(self, due: float, reason: str, events: tuple[str, ...] = ()) -> Outcome:
-        deadline = self.settings.deadline
-        if deadline is not None and due >= deadline:
+        if self._deadline is not None and due >= self._deadline:
             if not events:
                 return Failed(self._timeout_error())
-            due = deadline  # the event may come before
+            due = self._deadline  # the event may come before
         return Parked(due, reason, events)
 
     def _timeout_error(self) -> TaskTimeoutError:
@@ -319,7 +325,8 @@ class Attempt:
         self._end(Superseded())
 
     def _time_out(self) -> None:
-        self._end(Failed(self._timeout_error()))
+        if self._deadline is not None:
+            self._end(Failed(self._timeout_error()))
 
     def _end(self, outcome: Outcome) -> None:
         if not self._ended.done():
@@ -333,8 +340,6 @@ class Attempt:
         self._cancel_arriving = self._engine_task(self._arrive(tuple(self._waiting)))
         body.cancel()
         over = Cancelled(self.journal.cancel_reason or "")
-        for timer in self._timers:
-            timer.cancel()  # from now on it is this bound that counts, and no deadline
         self._timers.append(self._loop.call_later(CLEANUP_TIMEOUT, self._end, over))
 
     async def _arrive(self, waiting: Sequence[asyncio.Future[None]]) -> None:
