@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import DataConverter, DefaultFailureConverterWithEncodedAttributes, PayloadCodec
 
-from support import App, backs_off, ended, on_both, status_when
+from support import App, backs_off, ended, on_both, status_when, wait_until
 from temporal_async_task import (
     AsyncTaskComponent,
     RetryPolicy,
@@ -243,3 +244,44 @@ async def test_a_codec_is_used_on_the_event_loop_of_its_component_alone(app: App
     await app.start(picture, data_converter=dataclasses.replace(MASKED, payload_codec=OfOneLoop()))
     assert await picture.run("a lamp") == "picture of a lamp.png"
     assert loops == {asyncio.get_running_loop()}
+
+
+@on_both
+async def test_a_call_in_flight_is_not_made_again_though_the_codec_fails_longer_than_the_heartbeat_timeout(app: App):
+    calls, release = [], asyncio.Event()
+
+    class KeyService(Masking):
+        """A codec whose keys are away for a while."""
+
+        failures = 0
+        is_away = False
+
+        async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
+            if self.is_away:
+                self.failures += 1
+                raise ConnectionError("the key service is away")
+            return await super().encode(payloads)
+
+    async def render(prompt: str) -> str:
+        calls.append(prompt)
+        await release.wait()
+        return f"picture of {prompt}"
+
+    @async_task(heartbeat_timeout=1.0)
+    async def picture(prompt: str) -> str:
+        image = await step("render", render, prompt)
+        return image.upper()
+
+    keys = KeyService()
+    await app.start(picture, data_converter=dataclasses.replace(MASKED, payload_codec=keys))
+    task_id = await picture.submit("a lamp")
+    await wait_until(lambda: calls)
+    keys.is_away = True
+    await wait_until(lambda: keys.failures)  # of the journal that tells which step is running
+    since = time.monotonic()
+    await wait_until(lambda: time.monotonic() - since > 3)
+    keys.is_away = False
+    release.set()
+    assert await picture.result(task_id, timeout=10) == "PICTURE OF A LAMP"
+    assert calls == ["a lamp"]
+    assert (await picture.get_status(task_id)).attempt == 1

@@ -318,6 +318,7 @@ class _Attempt:
             self._info.task_token,
             journal.snapshot,
             self._encode,
+            has_codec=self._values.has_codec,
             interval=min(heartbeat / 3, KEEP_ALIVE),
             listener=self,
         )

@@ -53,7 +53,17 @@ class Listener(Protocol):
 
 
 class JournalWriter:
-    """Writes for one attempt, on the event loop of the SDK."""
+    """Writes for one attempt, on the event loop of the SDK.
+
+    Args:
+        client: The connection.
+        task_token: The attempt's.
+        journal: Tells what is to be written.
+        encode: Makes payloads of it.
+        has_codec: Whether ``encode`` may take its time, or fail.
+        interval: Seconds between two heartbeats, at most.
+        listener: Is told of the answers.
+    """
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class JournalWriter:
         journal: Callable[[], Snapshot],
         encode: Callable[[Snapshot], Awaitable[Sequence[Payload]]],
         *,
+        has_codec: bool,
         interval: float,
         listener: Listener,
     ) -> None:
@@ -69,6 +80,7 @@ class JournalWriter:
         self._token = task_token
         self._journal = journal
         self._encode = encode
+        self._has_codec = has_codec
         self._interval = interval
         self._listener = listener
         self._changed = False
@@ -105,8 +117,25 @@ class JournalWriter:
         waiters, self._waiters = self._waiters, []
         snapshot = self._journal() if changed else None
         if snapshot is not None:
-            encode = functools.partial(self._encode, snapshot)
-            self._last = await insist(encode, "encode the journal")
+            self._last = await (self._encoded(snapshot) if self._has_codec else self._encode(snapshot))
+        answer = await self._heartbeat()
+        for waiter in waiters:
+            waiter.set_result(None)
+        if snapshot is not None:
+            self._listener.saved(snapshot)
+        self._heed(answer)
+
+    async def _encoded(self, snapshot: Snapshot) -> Sequence[Payload]:
+        """A journal's payloads, however long they take. Meanwhile the last are repeated: the attempt is alive."""
+        encoding = asyncio.ensure_future(insist(functools.partial(self._encode, snapshot), "encode the journal"))
+        try:
+            while not (await asyncio.wait((encoding,), timeout=self._interval))[0]:
+                self._heed(await self._heartbeat())
+            return encoding.result()
+        finally:
+            encoding.cancel()
+
+    async def _heartbeat(self) -> RecordActivityTaskHeartbeatResponse:
         details = Payloads(payloads=self._last) if self._last else None
         request = RecordActivityTaskHeartbeatRequest(
             task_token=self._token,
@@ -115,13 +144,11 @@ class JournalWriter:
             details=details,
         )
         service = self._client.workflow_service
-        answer = await insist(
+        return await insist(
             lambda: service.record_activity_task_heartbeat(request, timeout=_RPC_TIMEOUT), "save the journal"
         )
-        for waiter in waiters:
-            waiter.set_result(None)
-        if snapshot is not None:
-            self._listener.saved(snapshot)
+
+    def _heed(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
         if answer.cancel_requested or answer.activity_paused or answer.activity_reset:
             self._listener.flagged(answer)
 
