@@ -6,7 +6,6 @@ completion need not wait for the Temporal SDK.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,7 @@ from temporal_async_task.cli.options import (
     Timeout,
     Wait,
 )
+from temporal_async_task.status import TaskStatus
 
 # Plain help: what the terminal shows is what a pipe gets, and Rich need not be loaded for it.
 command = typer.Typer(
@@ -37,15 +37,6 @@ command = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 command.add_typer(schedule_group.group, name="schedule")
-
-
-class RunStatus(StrEnum):
-    """As ``TaskStatus``, which takes the SDK's time to import."""
-
-    PENDING = "pending"
-    PROCESSING = "processing"
-    COMPLETED = "completed"
-    FAILED = "failed"
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's way to call it
@@ -201,7 +192,7 @@ def result(
 def list_(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Of this task only.")] = None,
     *,
-    only: Annotated[RunStatus | None, typer.Option("--status", help="With this status only.")] = None,
+    only: Annotated[TaskStatus | None, typer.Option("--status", help="With this status only.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     app: AppOption = None,
     address: Address = None,
@@ -212,7 +203,7 @@ def list_(
     from temporal_async_task.cli import runs
 
     Common(app, address, namespace, as_json).run(
-        lambda app, output: runs.list_runs(app, output, name, only=only and only.value, limit=limit)
+        lambda app, output: runs.list_runs(app, output, name, only=only, limit=limit)
     )
 
 
