@@ -158,18 +158,22 @@ async def test_runs_are_listed_newest_first_of_one_task_or_of_all(shop: Shell):
         return [run["task_id"] for run in seen][:2] == ids[::-1]
 
     await support.wait_until(listed, timeout=30)
-    table, everything, failed, unknown, one = await asyncio.gather(
+    table, everything, completed, failed, unknown, one = await asyncio.gather(
         shop.runs("list", "report"),
         shop.runs("list", "--json", "--limit", "100"),
+        shop.runs("list", "report", "--status", "completed", "--json", "--limit", "1"),
         shop.runs("list", "report", "--status", "failed"),
         shop.runs("list", "nonsense", *APP),
         shop.runs("list", "--limit", "1"),
     )
     assert table.out.splitlines()[1].split()[:3] == [ids[1], "report", "completed"]
     assert set(ids) <= {run["task_id"] for run in everything.document}
+    assert everything.err == ""
+    assert [run["task_id"] for run in completed.document] == ids[1:]
     assert (failed.status, failed.out, failed.err) == (0, "", "No runs.\n")
     assert unknown.status == 4
     assert len(one.out.splitlines()) == 2
+    assert one.err == completed.err == "There are more: --limit 1 has cut the list.\n"
 
 
 # Schedules

@@ -12,7 +12,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.cli.exits import CommandError, ExitStatus
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.backend import raw_client, translated
+from temporal_async_task.engine.backend import QUERIES, raw_client, translated
 from temporal_async_task.engine.resume import find_remains
 from temporal_async_task.errors import TaskNotFoundError
 from temporal_async_task.task import TemporalAsyncTask
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
 
     from temporal_async_task.cli.reference import AnyTask, Application
-    from temporal_async_task.status import TaskResult
+    from temporal_async_task.status import TaskResult, TaskStatus
 
 _AT_ONCE = 10
 """So many statuses are asked for at the same time."""
@@ -134,16 +134,24 @@ def task_name(workflow_type: str) -> str | None:
     return name if name and name != workflow_type else None
 
 
-async def newest(app: Application, name: str | None) -> AsyncGenerator[tuple[AnyTask, TaskResult[Any]]]:
-    """Runs, newest first; of more than a thousand, those that go on before those that have ended."""
+async def newest(
+    app: Application, name: str | None, status: TaskStatus | None
+) -> AsyncGenerator[tuple[AnyTask, TaskResult[Any]]]:
+    """Runs, newest first; of more than a thousand, those that go on before those that have ended.
+
+    Args:
+        app: The application.
+        name: Only runs of this task.
+        status: Only runs with this status.
+    """
     if name is not None:
         task = known_task(app, name)
-        async for run in task.list(limit=None):
+        async for run in task.list(status=status, limit=None):
             yield task, run
         return
     client = app.component.client
     clauses = f"WorkflowType STARTS_WITH '{wire.WORKFLOW_PREFIX}' AND ExecutionStatus != 'ContinuedAsNew'"
-    pages = client.list_workflows(clauses, page_size=1000)
+    pages = client.list_workflows(clauses if status is None else f"{clauses} AND {QUERIES[status]}", page_size=1000)
     seen: set[str] = set()
     try:
         while True:
@@ -159,7 +167,8 @@ async def newest(app: Application, name: str | None) -> AsyncGenerator[tuple[Any
                 ]
                 runs = await asyncio.gather(*(_status_or_none(task, task_id) for task, task_id in asked))
                 for (task, _), found in zip(asked, runs, strict=True):
-                    if found is not None:
+                    # The server's list does not tell whether a run has begun, nor that one was resumed since.
+                    if found is not None and status in {None, found.status}:
                         yield task, found
             if not pages.next_page_token:
                 return

@@ -91,36 +91,39 @@ async def result(app: Application, output: Output, task_id: str, *, timeout: flo
     return await _await_end(output, await find_task(app, task_id), task_id, timeout)
 
 
-async def list_runs(app: Application, output: Output, name: str | None, *, only: str | None, limit: int) -> ExitStatus:
+async def list_runs(
+    app: Application, output: Output, name: str | None, *, only: TaskStatus | None, limit: int
+) -> ExitStatus:
     """Tell of the newest runs, of one task or of all."""
     await app.component.connect()
     if name is not None and app.tasks:
         task_of_app(app, name, "list")
     found: list[tuple[AnyTask, TaskResult[Any]]] = []
-    async with contextlib.aclosing(newest(app, name)) as every:
-        async for task, run in every:
-            if only is None or run.status == only:
-                found.append((task, run))
-            if len(found) >= limit:
+    async with contextlib.aclosing(newest(app, name, only)) as every:
+        async for one in every:
+            found.append(one)
+            if len(found) > limit:
                 break
+    shown = found[:limit]
     if output.as_json:
-        output.document([_document(task, run) for task, run in found])
-        return ExitStatus.SUCCESS
-    rows = [
-        (
-            run.task_id,
-            task.name,
-            run.status,
-            run.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if run.created_at else "",
-            run.attempt or "",
-            _in_short(run),
-        )
-        for task, run in found
-    ]
-    if rows:
+        output.document([_document(task, run) for task, run in shown])
+    elif shown:
+        rows = [
+            (
+                run.task_id,
+                task.name,
+                run.status,
+                run.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if run.created_at else "",
+                run.attempt or "",
+                _in_short(run),
+            )
+            for task, run in shown
+        ]
         output.show(table(["ID", "TASK", "STATUS", "SUBMITTED", "ATTEMPT", ""], rows))
     else:
         output.say("No runs.")
+    if len(found) > limit:
+        output.say(f"There are more: --limit {limit} has cut the list.")
     return ExitStatus.SUCCESS
 
 

@@ -50,7 +50,7 @@ _RUNNING = {
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_RUNNING,
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_PAUSED,
 }
-_QUERIES = {
+QUERIES = {
     TaskStatus.COMPLETED: "ExecutionStatus = 'Completed'",
     TaskStatus.FAILED: "ExecutionStatus IN ('Failed', 'Canceled', 'Terminated', 'TimedOut')",
     TaskStatus.PENDING: "ExecutionStatus = 'Running'",
@@ -273,7 +273,7 @@ class WorkflowBackend(Backend):
     async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
         clauses = f"{of_type('WorkflowType', task)} AND ExecutionStatus != 'ContinuedAsNew'"
         seen: set[str] = set()  # a run that was resumed stands there more than once
-        query = "" if status is None else f" AND {_QUERIES[status]}"
+        query = "" if status is None else f" AND {QUERIES[status]}"
         pages = self._client.list_workflows(clauses + query, page_size=_PAGE)
         try:
             while True:
