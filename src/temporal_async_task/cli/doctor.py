@@ -233,15 +233,7 @@ def clock_check(difference: float) -> Check:
 async def _look_at_queue(client: Client, queue: str, reference: str, findings: Findings) -> None:
     try:
         workflows, activities = [
-            await client.workflow_service.describe_task_queue(
-                DescribeTaskQueueRequest(
-                    namespace=client.namespace,
-                    task_queue=TaskQueue(name=queue),
-                    task_queue_type=kind,
-                    report_stats=True,
-                ),
-                timeout=_RPC_TIMEOUT,
-            )
+            await _described(client, queue, kind)
             for kind in (TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW, TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY)
         ]
     except RPCError as error:

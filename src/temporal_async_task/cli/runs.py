@@ -18,7 +18,7 @@ from temporal_async_task.cli.exits import ExitStatus
 from temporal_async_task.cli.lookup import find_task, newest, task_of_app
 from temporal_async_task.cli.output import table
 from temporal_async_task.cli.params import fitted, read_params
-from temporal_async_task.cli.view import as_text, run_view, summary
+from temporal_async_task.cli.view import as_text, local_time, run_view, summary
 from temporal_async_task.errors import ResultError, TaskFailedError, in_words
 from temporal_async_task.status import TaskResult, TaskStatus
 
@@ -113,7 +113,7 @@ async def list_runs(
                 run.task_id,
                 task.name,
                 run.status,
-                run.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if run.created_at else "",
+                local_time(run.created_at) if run.created_at else "",
                 run.attempt or "",
                 _in_short(run),
             )

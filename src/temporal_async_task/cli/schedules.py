@@ -10,6 +10,7 @@ from temporal_async_task.cli.exits import ExitStatus
 from temporal_async_task.cli.lookup import known_task, task_name, task_of_app
 from temporal_async_task.cli.output import table
 from temporal_async_task.cli.params import fitted, read_params
+from temporal_async_task.cli.view import local_time
 from temporal_async_task.engine.backend import translated
 from temporal_async_task.errors import TaskNotFoundError
 
@@ -136,4 +137,4 @@ def _when(schedule: TaskSchedule) -> str:
 
 
 def _next(schedule: TaskSchedule) -> str:
-    return schedule.next_runs[0].astimezone().strftime("%Y-%m-%d %H:%M:%S") if schedule.next_runs else ""
+    return local_time(schedule.next_runs[0]) if schedule.next_runs else ""

@@ -60,6 +60,11 @@ def as_text(value: Any) -> str:
     return to_json(value)
 
 
+def local_time(time: datetime) -> str:
+    """A moment as people read it, by this machine's clock on the wall."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
 def _line(label: str, value: str) -> Text:
     return Text.assemble((f"{label:<11}", "bold"), styled(value))
 
@@ -67,7 +72,7 @@ def _line(label: str, value: str) -> Text:
 def _times(run: TaskResult[Any], now: datetime) -> list[tuple[str, str]]:
     if run.created_at is None:
         return []
-    text = run.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    text = local_time(run.created_at)
     if run.completed_at:
         return [("Submitted", f"{text}, ended after {_length(run.completed_at - run.created_at)}")]
     return [("Submitted", f"{text}, {_length(now - run.created_at)} ago")]
