@@ -398,9 +398,16 @@ class TemporalAsyncTask(Generic[P, R]):
             status: Only runs with this status.
             limit: At most so many; None for all.
             skip: Leave out so many of the newest, for pages.
+
+        Raises:
+            ConfigError: There is no such status.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
         """
         backend = self._connected()
-        wanted = None if status is None else TaskStatus(status)
+        wanted = None if status is None else _status(status, self.name)
+        if limit is not None and limit < 1:
+            return
         # Only a run that goes on has to be asked itself whether it has begun.
         by_query = wanted not in {TaskStatus.PENDING, TaskStatus.PROCESSING}
         found = 0
@@ -615,6 +622,15 @@ def _duration(value: float | timedelta, what: str, name: str) -> float:
         return seconds(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{what} of task {name!r} must be seconds or a timedelta, not {value!r}.") from None
+
+
+def _status(status: str, name: str) -> TaskStatus:
+    try:
+        return TaskStatus(status)
+    except ValueError:
+        raise ConfigError(
+            f"status of the runs of task {name!r} must be one of {', '.join(TaskStatus)}, not {status!r}."
+        ) from None
 
 
 def _known_text(task_id: str, name: str) -> str:

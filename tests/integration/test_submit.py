@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from support import App, ended, on_both, status_when, wait_until
 from temporal_async_task import (
     AsyncTaskComponent,
+    ConfigError,
     RetryPolicy,
     TaskConflictError,
     TaskFailedError,
@@ -340,6 +341,7 @@ async def test_the_list_has_the_runs_of_its_task_alone_newest_first(app: App):
     assert [run.result for run in runs] == [0.0, 0.3, 0.6]
     assert [run.completed_steps for run in runs] == [("once",)] * 3
     assert [run.task_id for run in await listing(limit=2)] == ids[:0:-1]
+    assert await listing(limit=0) == []
 
 
 @on_both
@@ -369,6 +371,15 @@ async def test_the_list_can_be_asked_for_the_runs_with_one_status(app: App):
     await worker.stop()
     waiting = await task.submit("complete")
     assert await wait_until(lambda: has_length(1, listing(TaskStatus.PENDING))) == [waiting]
+
+
+async def test_a_status_that_there_is_not_is_told_with_those_that_there_are(app: App):
+    @async_task
+    async def listed() -> None: ...
+
+    await app.connect(listed)
+    with pytest.raises(ConfigError, match="'listed' must be one of pending, processing, completed, failed, not 'done'"):
+        await anext(aiter(listed.list(status="done")))
 
 
 async def has_length(length: int, listing: Any) -> Any:
