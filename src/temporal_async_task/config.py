@@ -24,7 +24,7 @@ from temporalio.service import TLSConfig
 
 from temporal_async_task.errors import ConfigError, InvalidKeyError
 from temporal_async_task.steps import check_text, seconds
-from temporal_async_task.task import Execution
+from temporal_async_task.task import DEFAULT_TASK_QUEUE, Execution
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ class AsyncTaskComponentConfig:
 
     temporal_address: str = "localhost:7233"
     namespace: str = "default"
-    task_queue: str = "async-tasks"
+    task_queue: str = DEFAULT_TASK_QUEUE
     execution: Execution = "workflow"
     max_concurrent_tasks: int = 200
     target_cpu: float | None = None
@@ -202,14 +202,13 @@ def _variables(env: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in env.items()
-        if (name.startswith("TEMPORAL_") or name in {"ASYNC_TASK_CONFIG", "ASYNC_TASK_EXECUTION"})
-        and (value or name.startswith("TEMPORAL_GRPC_META_"))
+        if (name.startswith("TEMPORAL_") or name in _OUR_OWN) and (value or name.startswith("TEMPORAL_GRPC_META_"))
     }
 
 
 def misspelt_variables(env: Mapping[str, str]) -> dict[str, str]:
     """Variables that nothing here reads and that look like one that is read, which each stands by."""
-    known = ["ASYNC_TASK_CONFIG", "ASYNC_TASK_APP", "TEMPORAL_TASK_QUEUE", *_TEMPORALS_OWN]
+    known = (*_OUR_OWN, *_TEMPORALS_OWN)
     found: dict[str, str] = {}
     for name in env:
         if name in known or name.startswith("TEMPORAL_GRPC_META_") or not name.startswith(("TEMPORAL", "ASYNC_TASK")):
@@ -219,6 +218,14 @@ def misspelt_variables(env: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+_OUR_OWN = (
+    "TEMPORAL_TASK_QUEUE",
+    "ASYNC_TASK_APP",
+    "ASYNC_TASK_CONFIG",
+    "ASYNC_TASK_DEBUG",
+    "ASYNC_TASK_ENCRYPTION_KEYS",
+    "ASYNC_TASK_EXECUTION",
+)
 _TEMPORALS_OWN = (
     "TEMPORAL_ADDRESS",
     "TEMPORAL_NAMESPACE",

@@ -1,11 +1,14 @@
 """Params as they are typed, what doctor thinks of a clock and a version, and what a terminal gets to see."""
 
 import io
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import temporal_async_task
 from temporal_async_task import AsyncTaskComponentConfig, ConfigError, StepState, StepStatus, TaskResult, TaskStatus
 from temporal_async_task.cli.doctor import clock_check, server_check
 from temporal_async_task.cli.exits import CommandError, ExitStatus
@@ -94,6 +97,14 @@ def test_a_misspelt_variable_is_found_with_what_was_meant():
         "TEMPORAL_TASKQUEUE": "TEMPORAL_TASK_QUEUE",
         "ASYNC_TASK_AP": "ASYNC_TASK_APP",
     }
+
+
+def test_every_variable_that_the_library_reads_is_meant_by_what_is_near_it():
+    sources = Path(temporal_async_task.__file__).parent.rglob("*.py")
+    read = {name for source in sources for name in re.findall(r"\bASYNC_TASK_[A-Z_]+\b", source.read_text())}
+    assert len(read) >= 5
+    assert misspelt_variables({f"{name}S": "" for name in read}) == {f"{name}S": name for name in read}
+    assert misspelt_variables(dict.fromkeys(read, "")) == {}
 
 
 def test_no_credential_is_shown():
