@@ -22,6 +22,7 @@ from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, RecordSt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import timedelta
 
     from temporal_async_task.component import AsyncTaskComponent
     from temporal_async_task.integrations.callbacks import Secret
@@ -54,7 +55,7 @@ class RecordIntegration(Integration):
         report_to: Callback | DirectReport,
         former_secrets: Sequence[Secret] = (),
         batch: int = 50,
-        lease: float = 60.0,
+        lease: float | timedelta = 60.0,
     ) -> None:
         if not records:
             raise ConfigError("RecordIntegration(...) needs one or more RecordTask.")
