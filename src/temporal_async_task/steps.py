@@ -292,6 +292,11 @@ async def sleep(key: str, duration: float | timedelta) -> None:
     Args:
         key: Names the wait, unique in the run like a step's.
         duration: Seconds, or a ``timedelta``. Counted from when it was first asked for.
+
+    Raises:
+        DuplicateStepError: The key was asked for before in this run.
+        StepUsageError: Called outside of a task, or within a step's call; or the duration is below 0 or over ten years.
+        InvalidKeyError: The key cannot be one.
     """
     await _runner("sleep()").sleep(key, _length(f"The duration of sleep({key!r})", duration))
 
@@ -339,6 +344,12 @@ async def poll(
     Raises:
         PollTimeoutError: Not ready within the timeout.
         StepFailedError: ``check`` failed for good.
+        ResultError: The answer cannot be serialised, or does not fit the annotation.
+        PayloadTooLargeError: The answer is too large.
+        DuplicateStepError: The key was asked for before in this run.
+        StepUsageError: Called outside of a task, or within a step's call; or ``every`` or ``timeout`` is below 0 or
+            over ten years.
+        InvalidKeyError: The key cannot be one.
     """
     limit = None if timeout is None else _length(f"poll({key!r})'s timeout", timeout)
     if isinstance(every, (int, float, timedelta)):
@@ -358,6 +369,11 @@ async def wait_for(key: str, *, timeout: float | timedelta | None = None, result
 
     Raises:
         WaitTimeoutError: It has not come within the timeout.
+        ResultError: The event's value does not fit ``result_type``.
+        DuplicateStepError: The key was asked for before in this run.
+        StepUsageError: Called outside of a task, or within a step's call; where no event can come, as in a task with
+            ``execution="activity"`` or one called without a server; or the timeout is below 0 or over ten years.
+        InvalidKeyError: The key cannot be one.
     """
     limit = None if timeout is None else _length(f"wait_for({key!r})'s timeout", timeout)
     value: T = await _runner("wait_for()").wait_for(key, limit, result_type)
@@ -377,6 +393,9 @@ def progress(fraction: float | None, message: str = "") -> None:
     Args:
         fraction: 0 to 1; what lies outside is cut. None if unknown.
         message: A short text beside it.
+
+    Raises:
+        StepUsageError: Called outside of a task.
     """
     _runner("progress()").progress(fraction, message)
 

@@ -250,12 +250,15 @@ class TemporalAsyncTask(Generic[P, R]):
             The run's id.
 
         Raises:
-            ParamsError: The params do not fit the function's annotation, or cannot be serialised.
+            ParamsError: The params do not fit the function's annotation, or cannot be serialised; or there is no such
+                priority.
             PayloadTooLargeError: The params are larger than the server takes.
+            StorageError: The external storage, where the params are to be kept, cannot be used just now.
             TaskConflictError: The id stands for a run with other params, or of another task.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
             InvalidKeyError: The id cannot be one.
+            ConfigError: The delay makes no sense; or the server cannot carry a task with ``execution="activity"``.
         """
         backend = self._connected()
         self._refuse_params_in_vain(params)
@@ -282,6 +285,7 @@ class TemporalAsyncTask(Generic[P, R]):
             TaskNotFoundError: No run of this task has the id.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The id cannot be one.
         """
         return await self._connected().status(self._address, _known_text(task_id, self.name))
 
@@ -299,6 +303,10 @@ class TemporalAsyncTask(Generic[P, R]):
             ResultError: The result does not fit the function's annotation any more, or is not in external storage.
             StorageError: The external storage, where the result is, cannot be used just now.
             TaskNotFoundError: No run of this task has the id.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The id cannot be one.
+            ConfigError: The timeout makes no sense.
         """
         backend = self._connected()
         limit = None if timeout is None else _not_negative(timeout, "timeout", self.name)
@@ -350,6 +358,9 @@ class TemporalAsyncTask(Generic[P, R]):
 
         Raises:
             TaskNotFoundError: No run of this task has the id.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The id cannot be one.
         """
         await self._connected().cancel(self._address, _known_text(task_id, self.name), reason)
 
@@ -368,6 +379,9 @@ class TemporalAsyncTask(Generic[P, R]):
         Raises:
             TaskConflictError: The run is going on, has completed, or has no finished step of ``redo``.
             TaskNotFoundError: No run of this task has the id.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The id cannot be one.
         """
         await self._connected().resume(self._address, _known_text(task_id, self.name), redo)
         return task_id
@@ -383,6 +397,13 @@ class TemporalAsyncTask(Generic[P, R]):
         Raises:
             TaskNotFoundError: No run of this task has the id.
             TaskConflictError: The run has ended.
+            ParamsError: The value cannot be serialised.
+            PayloadTooLargeError: The value is larger than 32 KiB.
+            StorageError: The external storage, where the value is to be kept, cannot be used just now.
+            NotConnectedError: There is no client yet.
+            ServerUnavailableError: The server does not answer.
+            InvalidKeyError: The key or the id cannot be one.
+            ConfigError: The task has ``execution="activity"``, whose runs wait for no event.
         """
         check_text(key, "The key of an event")
         await self._connected().send(self._address, _known_text(task_id, self.name), key, value)
