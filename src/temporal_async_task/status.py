@@ -76,7 +76,7 @@ class TaskResult(Generic[T_co]):
     completed_at: datetime | None = None
     """When the run ended, with a result or without."""
     current_step: str | None = None
-    """The step that runs or is waited for; with several at once, the one that began first."""
+    """The step that runs or is waited for; with several at once, one that runs, and the first of these."""
     completed_steps: tuple[str, ...] = ()
     """Keys of the finished steps, in the order in which they finished."""
     steps: tuple[StepStatus, ...] = field(default=())
