@@ -923,6 +923,7 @@ async def web(records: Records, vendor: Vendor) -> WebProcess:
 
 def code(answer: httpx.Response) -> tuple[int, str]:
     assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["cache-control"] == "no-store"
     assert set(answer.json()) == {"type", "title", "status", "detail", "code"}
     assert "Traceback" not in answer.text
     return answer.status_code, answer.json()["code"]

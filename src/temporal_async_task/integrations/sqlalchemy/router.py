@@ -6,11 +6,12 @@ import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from temporal_async_task.errors import ReportRefusedError, SignatureError
+from temporal_async_task.integrations._problems import problem_response
 from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, TOLERANCE, Secret, check_secret, verify
 from temporal_async_task.integrations.reports import Report
 
@@ -57,22 +58,24 @@ def create_report_router(
     router = APIRouter()
 
     @router.post(path, include_in_schema=False)
-    async def receive(request: Request) -> JSONResponse:
+    async def receive(request: Request) -> Response:
         try:
             body = await _body(request)
             verify(body, request.headers.get(SIGNATURE_HEADER), keys, tolerance=tolerance)
             applied = await receiver.apply(Report.decode(body))
         except SignatureError as error:
-            return _problem(HTTPStatus.UNAUTHORIZED, error.code, error.detail)
+            return problem_response(HTTPStatus.UNAUTHORIZED, error.detail, code=error.code)
         except ReportRefusedError as error:
-            return _problem(_STATUS[error.code], error.code, error.detail)
+            return problem_response(_STATUS[error.code], error.detail, code=error.code)
         except HTTPException:  # of a middleware that reads along
             raise
         except ClientDisconnect:
-            return _problem(HTTPStatus.BAD_REQUEST, "malformed", "The body has not come to its end.")
+            return problem_response(HTTPStatus.BAD_REQUEST, "The body has not come to its end.", code="malformed")
         except Exception:  # SQLAlchemy's, and what a driver raises when it connects, which is handed on as it is
             logger.exception("A report could not be applied; it will be sent again")
-            return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "unavailable", "The database does not answer. Try again.")
+            return problem_response(
+                HTTPStatus.SERVICE_UNAVAILABLE, "The database does not answer. Try again.", code="unavailable"
+            )
         return JSONResponse({"applied": applied})
 
     return router
@@ -85,8 +88,3 @@ async def _body(request: Request) -> bytes:
         if len(chunks) > MAX_BODY:
             raise ReportRefusedError("too_large", f"A report has {MAX_BODY:,} bytes at most.")
     return bytes(chunks)
-
-
-def _problem(status: HTTPStatus, code: str, detail: str) -> JSONResponse:
-    problem = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail, "code": code}
-    return JSONResponse(problem, status.value, media_type="application/problem+json")
