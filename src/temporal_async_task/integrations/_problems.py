@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import http
 import inspect
 import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from http import HTTPStatus
 from typing import Any, cast
 
 from fastapi import HTTPException
@@ -38,10 +38,6 @@ RETRY_AFTER = 5
 """Seconds after which a client may ask again, while the Temporal server is away."""
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 """For every answer of the API: it is of one moment, and for one caller."""
-
-BAD_REQUEST, NOT_FOUND, CONFLICT = 400, 404, 409
-TOO_LARGE, UNSUPPORTED, INVALID = 413, 415, 422
-BROKEN, UNAVAILABLE = 500, 503
 
 _JSON_BODY = "application/json"
 _SAME_SITE = {"same-origin", "none"}
@@ -77,7 +73,7 @@ def problem_response(
 ) -> Response:
     """A problem document."""
     try:
-        title = http.HTTPStatus(status).phrase
+        title = HTTPStatus(status).phrase
     except ValueError:
         title = "Error"
     problem = TaskProblem(
@@ -88,12 +84,12 @@ def problem_response(
     )
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of these problems. Every route may find its request invalid, or the server away."""
     schema = {"$ref": "#/components/schemas/TaskProblem"}
     return {
-        status: {"description": http.HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
-        for status in sorted({*statuses, INVALID, UNAVAILABLE})
+        status: {"description": status.phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in sorted({*statuses, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.SERVICE_UNAVAILABLE})
     }
 
 
@@ -103,17 +99,17 @@ def answer_to(error: AsyncTaskError) -> Response:
     match error:
         case TaskNotFoundError():
             # The same words for an id that nobody has and for one of another task: neither is told of.
-            return problem_response(NOT_FOUND, "This task has no run with this id.", code="run_not_found")
+            return problem_response(HTTPStatus.NOT_FOUND, "This task has no run with this id.", code="run_not_found")
         case TaskConflictError():
-            return problem_response(CONFLICT, detail, code="conflict")
+            return problem_response(HTTPStatus.CONFLICT, detail, code="conflict")
         case PayloadTooLargeError():
-            return problem_response(TOO_LARGE, detail, code="too_large")
+            return problem_response(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail, code="too_large")
         case ParamsError() | InvalidKeyError():
-            return problem_response(INVALID, detail, code="invalid")
+            return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, detail, code="invalid")
         case ServerUnavailableError() | NotConnectedError():
             logger.warning("%s", error)
             return problem_response(
-                UNAVAILABLE,
+                HTTPStatus.SERVICE_UNAVAILABLE,
                 "The server that keeps the tasks does not answer. Repeat the request later; a submit that carries an "
                 "Idempotency-Key becomes one run, however often it is repeated.",
                 code="unavailable",
@@ -144,7 +140,9 @@ def answered(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
 
 def _broken(error: Exception) -> Response:
     logger.error("A request to the task router failed", exc_info=error)
-    return problem_response(BROKEN, "This went wrong inside; the application's log says why.", code="internal")
+    return problem_response(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "This went wrong inside; the application's log says why.", code="internal"
+    )
 
 
 class LimitedRequest(Request):
@@ -165,7 +163,9 @@ class LimitedRequest(Request):
         return message
 
     def _too_large(self) -> HTTPException:
-        return HTTPException(TOO_LARGE, f"The body is over the limit of {self._limit:,} bytes.")
+        return HTTPException(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is over the limit of {self._limit:,} bytes."
+        )
 
     def check_head(self) -> None:
         """Refuse what the headers give away.
@@ -182,9 +182,13 @@ class LimitedRequest(Request):
         if media_type == _JSON_BODY:
             return  # pages of other sites cannot send it, unless the application's CORS rules let them
         if length != "0" or "transfer-encoding" in self.headers:
-            raise HTTPException(UNSUPPORTED, f"The body must be JSON, with the header Content-Type: {_JSON_BODY}.")
+            raise HTTPException(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"The body must be JSON, with the header Content-Type: {_JSON_BODY}."
+            )
         if self.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
-            raise HTTPException(403, f"From another site a request needs the header Content-Type: {_JSON_BODY}.")
+            raise HTTPException(
+                HTTPStatus.FORBIDDEN, f"From another site a request needs the header Content-Type: {_JSON_BODY}."
+            )
 
     async def json(self) -> Any:
         """The body. What Python would read beyond JSON (NaN, lone surrogates) is refused.
@@ -195,7 +199,7 @@ class LimitedRequest(Request):
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except (ValueError, RecursionError) as error:
-            raise HTTPException(BAD_REQUEST, f"The body is not valid JSON: {error}") from None
+            raise HTTPException(HTTPStatus.BAD_REQUEST, f"The body is not valid JSON: {error}") from None
 
 
 class ProblemRoute(APIRoute):
@@ -213,11 +217,15 @@ class ProblemRoute(APIRoute):
                 return await handle(limited)
             except RequestValidationError as error:
                 return problem_response(
-                    INVALID, "The request is not valid.", code="invalid", errors=_parts(error.errors())
+                    HTTPStatus.UNPROCESSABLE_ENTITY,
+                    "The request is not valid.",
+                    code="invalid",
+                    errors=_parts(error.errors()),
                 )
             except StarletteHTTPException as error:
                 # An application's own kind may have its own handler; a redirect (to a login) is not a problem.
-                if type(error) not in {HTTPException, StarletteHTTPException} or error.status_code < BAD_REQUEST:
+                is_problem = error.status_code >= HTTPStatus.BAD_REQUEST
+                if type(error) not in {HTTPException, StarletteHTTPException} or not is_problem:
                     raise
                 detail = error.detail if isinstance(error.detail, str) else json.dumps(error.detail, default=str)
                 return problem_response(error.status_code, detail, headers=error.headers)

@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from http import HTTPStatus
 from typing import Annotated, Any, cast
 from urllib.parse import quote
 
@@ -26,31 +28,24 @@ from temporal_async_task.integrations._events import (
     events,
 )
 from temporal_async_task.integrations._problems import (
-    BAD_REQUEST,
-    CONFLICT,
     NO_STORE,
-    NOT_FOUND,
     RETRY_AFTER,
-    TOO_LARGE,
-    UNAVAILABLE,
-    UNSUPPORTED,
     answered,
     documented,
     problem_response,
 )
 from temporal_async_task.integrations._run_document import RunDocuments, RunSummary
-from temporal_async_task.status import TaskStatus
+from temporal_async_task.status import TaskResult, TaskStatus
 from temporal_async_task.steps import check_text
 from temporal_async_task.task import TemporalAsyncTask
 
-OK, ACCEPTED, NO_CONTENT = 200, 202, 204
 MAX_WAIT = 60.0
 """Seconds that a request for a result may ask to wait."""
 DEFAULT_WAIT = 25.0
 """Seconds; below the 30 after which many proxies give up."""
 MAX_PAGE, MAX_OFFSET = 100, 10_000
 
-_BODY_PROBLEMS = (BAD_REQUEST, TOO_LARGE, UNSUPPORTED)
+_BODY_PROBLEMS = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
 
 
 class Accepted(BaseModel):
@@ -123,50 +118,55 @@ class TaskRoutes:
     def add_to(self, router: APIRouter) -> None:
         """Add the routes, those with a fixed end first: a run's id may hold slashes."""
         path, run = f"/tasks/{self.task.name}", f"/tasks/{self.task.name}/{{task_id:path}}"
-        shown = {OK: {"model": self.documents.model}}
-        on_run = documented(NOT_FOUND)
-        accepted: _Responses = {ACCEPTED: {"model": Accepted}}
+        shown = {HTTPStatus.OK: {"model": self.documents.model}}
+        on_run = documented(HTTPStatus.NOT_FOUND)
+        accepted: _Responses = {HTTPStatus.ACCEPTED: {"model": Accepted}}
         where = {"description": "Where the run's status is", "schema": {"type": "string"}}
-        located: _Responses = {ACCEPTED: {"model": Accepted, "headers": {"Location": where}}}
-        submitting: _Responses = {**located, **documented(CONFLICT, *_BODY_PROBLEMS)}
+        located: _Responses = {HTTPStatus.ACCEPTED: {"model": Accepted, "headers": {"Location": where}}}
+        submitting: _Responses = {**located, **documented(HTTPStatus.CONFLICT, *_BODY_PROBLEMS)}
         add = self._adder(router)
-        add("submit", "POST", path, self._submit(), status=ACCEPTED, responses=submitting)
-        add("list", "GET", path, self._list, status=OK, responses={OK: {"model": RunPage}, **documented()})
+        add("submit", "POST", path, self._submit(), status=HTTPStatus.ACCEPTED, responses=submitting)
+        add("list", "GET", path, self._list, responses={HTTPStatus.OK: {"model": RunPage}, **documented()})
         add(
             "result",
             "GET",
             f"{run}/result",
             self._result,
-            status=OK,
             responses={
                 **shown,
-                ACCEPTED: {"model": self.documents.model, "description": "It has not ended yet"},
+                HTTPStatus.ACCEPTED: {"model": self.documents.model, "description": "It has not ended yet"},
                 **on_run,
             },
         )
         stream: _Responses = {
-            OK: {
+            HTTPStatus.OK: {
                 "description": "Events `run`, each with the run as its data, and at last one `end`",
                 "content": {"text/event-stream": {}},
             },
-            NO_CONTENT: {"description": "It has ended, and the last event was received"},
+            HTTPStatus.NO_CONTENT: {"description": "It has ended, and the last event was received"},
         }
-        add("events", "GET", f"{run}/events", self._events, status=OK, responses={**stream, **on_run})
-        changing: _Responses = {**accepted, **documented(NOT_FOUND, *_BODY_PROBLEMS)}
-        add("cancel", "POST", f"{run}/cancel", self._cancel, status=ACCEPTED, responses=changing)
+        add("events", "GET", f"{run}/events", self._events, responses={**stream, **on_run})
+        changing: _Responses = {**accepted, **documented(HTTPStatus.NOT_FOUND, *_BODY_PROBLEMS)}
+        add("cancel", "POST", f"{run}/cancel", self._cancel, status=HTTPStatus.ACCEPTED, responses=changing)
         add(
             "resume",
             "POST",
             f"{run}/resume",
             self._resume,
-            status=ACCEPTED,
-            responses={**changing, **documented(CONFLICT)},
+            status=HTTPStatus.ACCEPTED,
+            responses={**changing, **documented(HTTPStatus.CONFLICT)},
         )
-        add("status", "GET", run, self._status, status=OK, responses={**shown, **on_run})
+        add("status", "GET", run, self._status, responses={**shown, **on_run})
 
     def _adder(self, router: APIRouter) -> Callable[..., None]:
         def add(
-            verb: str, method: str, path: str, endpoint: Endpoint, *, status: int, responses: dict[int | str, Any]
+            verb: str,
+            method: str,
+            path: str,
+            endpoint: Endpoint,
+            *,
+            responses: _Responses,
+            status: HTTPStatus = HTTPStatus.OK,
         ) -> None:
             name = self.task.name
             router.add_api_route(
@@ -242,19 +242,17 @@ class TaskRoutes:
                 try:
                     await asyncio.wait((gone, ended), return_when=asyncio.FIRST_COMPLETED)
                     if not ended.done():
-                        return Response(status_code=NO_CONTENT)  # nobody is there to read it
+                        return Response(status_code=HTTPStatus.NO_CONTENT)  # nobody is there to read it
                     snapshot = ended.result()
                 finally:
                     ended.cancel()
         except StreamsClosedError:
-            return problem_response(
-                UNAVAILABLE, "This web server is stopping. Ask again.", code="unavailable", headers=_RETRY
-            )
+            return _stopping()
         finally:
             gone.cancel()
         if snapshot.ended:
             return _json(snapshot.document)
-        return _json(snapshot.document, ACCEPTED, _RETRY)
+        return _json(snapshot.document, HTTPStatus.ACCEPTED, _RETRY)
 
     async def _events(
         self,
@@ -266,11 +264,10 @@ class TaskRoutes:
             try:
                 first = await watch.changed()
             except StreamsClosedError:
-                return problem_response(
-                    UNAVAILABLE, "This web server is stopping. Ask again.", code="unavailable", headers=_RETRY
-                )
+                return _stopping()
         if first.ended and first.id == last_event_id:
-            return Response(status_code=NO_CONTENT, headers=NO_STORE)  # by which an EventSource knows to stay away
+            # By which an EventSource knows to stay away.
+            return Response(status_code=HTTPStatus.NO_CONTENT, headers=NO_STORE)
         return EventStream(events(lambda: self._listen(task_id), first, last_event_id))
 
     async def _cancel(self, task_id: TaskId, how: Annotated[CancelRequest | None, Body()] = None) -> Response:
@@ -302,10 +299,10 @@ class TaskRoutes:
 
     # -------------------------------------------------------------------------------------------------------
 
-    async def _run(self, task_id: str) -> Any:
+    async def _run(self, task_id: str) -> TaskResult[Any]:
         return await self.task.get_status(_known(task_id))
 
-    def _listen(self, task_id: str) -> Any:
+    def _listen(self, task_id: str) -> AbstractContextManager[Watch]:
         async def read() -> Snapshot:
             run = await self._run(task_id)
             return Snapshot.of(run, self.documents.encode(run))
@@ -335,12 +332,19 @@ def _known(task_id: str) -> str:
         raise TaskNotFoundError(str(error)) from None
 
 
-def _json(document: bytes, status: int = OK, headers: dict[str, str] | None = None) -> Response:
+def _json(document: bytes, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
     return Response(document, status, {**NO_STORE, **(headers or {})}, media_type="application/json")
 
 
+def _stopping() -> Response:
+    """The answer where ``StreamsClosedError`` ends the wait."""
+    return problem_response(
+        HTTPStatus.SERVICE_UNAVAILABLE, "This web server is stopping. Ask again.", code="unavailable", headers=_RETRY
+    )
+
+
 def _accepted(task_id: str, **headers: str) -> Response:
-    return _json(Accepted(task_id=task_id).model_dump_json().encode(), ACCEPTED, headers)
+    return _json(Accepted(task_id=task_id).model_dump_json().encode(), HTTPStatus.ACCEPTED, headers)
 
 
 def _may_be_null(declared: Any) -> bool:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 try:
@@ -26,7 +27,6 @@ from temporal_async_task.integrations._events import Watches
 from temporal_async_task.integrations._page import page, page_file, to_page
 from temporal_async_task.integrations._problems import (
     NO_STORE,
-    NOT_FOUND,
     TaskProblem,
     answered,
     documented,
@@ -165,7 +165,7 @@ def _add_page(router: APIRouter) -> None:
     async def show_file(name: str) -> Response:
         found = page_file(name)
         if found is None:
-            raise HTTPException(NOT_FOUND, "The page has no such file.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "The page has no such file.")
         return found
 
     methods = ["GET", "HEAD"]
@@ -181,8 +181,8 @@ def _add_fallback(router: APIRouter, names: set[str], *, ui: bool) -> None:
             return to_page(request)
         allowed = _allowed(rest, names, ui=ui)
         if allowed:
-            raise HTTPException(405, f"This takes {allowed}.", headers={"Allow": allowed})
-        raise HTTPException(NOT_FOUND, "There is no such task, or no such thing of a task.")
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, f"This takes {allowed}.", headers={"Allow": allowed})
+        raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such task, or no such thing of a task.")
 
     for path in ("/tasks", "/tasks/{rest:path}"):
         router.add_api_route(path, answered(nothing_here), methods=_METHODS, include_in_schema=False)
