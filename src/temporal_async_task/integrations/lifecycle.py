@@ -41,6 +41,8 @@ _NEXT = {
     RecordStatus.COMPLETED: set[RecordStatus](),
     RecordStatus.FAILED: {RecordStatus.QUEUED, RecordStatus.FAILED},
 }
+NOT_AGAIN = frozenset({"WorkerLostError", "StepOutcomeUnknownError", "PollTimeoutError", "WaitTimeoutError"})
+"""Failures of steps that are left to a person: another try would take more workers down, or might pay twice."""
 
 
 @dataclass(frozen=True, slots=True)

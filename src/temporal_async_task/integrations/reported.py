@@ -26,7 +26,7 @@ from temporal_async_task.errors import (
     StepUsageError,
     TaskCancelledError,
 )
-from temporal_async_task.integrations.lifecycle import RecordStatus
+from temporal_async_task.integrations.lifecycle import NOT_AGAIN, RecordStatus
 from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
 from temporal_async_task.retry import RetryPolicy, Verdict, decide
 from temporal_async_task.status import StepState
@@ -55,8 +55,6 @@ CANCELLED_PATIENCE = 10.0
 """Seconds for the one try of a cancelled run to tell so. If it fails, the dispatcher finds out by asking."""
 _REMEMBERED = 10_000
 """Runs of which a process remembers what it has told."""
-_NOT_AGAIN = frozenset({"WorkerLostError", "StepOutcomeUnknownError", "PollTimeoutError", "WaitTimeoutError"})
-"""Failed steps that are left to a person: another try would take more workers down, or might pay twice."""
 
 
 class _Failure(TypedDict):
@@ -363,7 +361,7 @@ def _failure_of(error: BaseException, policy: RetryPolicy) -> _Failure:
 def _is_retryable(error: BaseException, policy: RetryPolicy) -> bool:
     """Whether the whole run may be worth another try later: whether its last error was out of tries, not hopeless."""
     if isinstance(error, StepFailedError):
-        if type(error).__name__ in _NOT_AGAIN or error.error_type in _NOT_AGAIN:
+        if type(error).__name__ in NOT_AGAIN or error.error_type in NOT_AGAIN:
             return False
         if error.__cause__ is None:  # an attempt that comes later knows it by its name, and how often it was tried
             return error.attempts > policy.max_retries
