@@ -155,6 +155,15 @@ class Dispatcher:
                     await self._wake.wait()
                     interval = SHORTEST_INTERVAL
 
+    async def refresh(self, record: type[Any], key: Any) -> bool:
+        """See ``RecordIntegration.refresh``."""
+        for store in self._stores:
+            if store.records.record is record:
+                claim = await store.find(key)
+                if claim is not None and claim.status in TO_CHECK:
+                    return await _ask(store, claim)
+        return False
+
     def _check_registered(self) -> None:
         for store in self._stores:
             if store.records.task not in self._component.tasks:
@@ -227,11 +236,11 @@ class Dispatcher:
     async def _check(self, store: RecordStore) -> bool:
         """Ask about runs of which nothing was heard for a while: terminated ones tell nothing."""
         claims = await store.claim(TO_CHECK, self._batch, self._lease)
-        news = await _each(claims, lambda claim: check(store, claim))
+        news = await _each(claims, lambda claim: _ask(store, claim))
         return len(claims) == self._batch or any(news)
 
 
-async def check(store: RecordStore, claim: Claim) -> bool:
+async def _ask(store: RecordStore, claim: Claim) -> bool:
     """Bring a started record up to date with its run. True if there was news."""
     run: TaskResult[Any] | TaskNotFoundError
     try:

@@ -10,15 +10,13 @@ from temporal_async_task.errors import ConfigError
 from temporal_async_task.integrations.base import Integration
 from temporal_async_task.integrations.callbacks import Callback
 from temporal_async_task.integrations.reported import ReportedTask, reported
-from temporal_async_task.integrations.sqlalchemy.dispatcher import Dispatcher, check
+from temporal_async_task.integrations.sqlalchemy.dispatcher import Dispatcher
 from temporal_async_task.integrations.sqlalchemy.receiver import DirectReport, ReportReceiver
-from temporal_async_task.integrations.sqlalchemy.sessions import Database
 from temporal_async_task.integrations.sqlalchemy.side_effects import (
     MutationType,
     RecordMutation,
     RecordMutationSideEffect,
 )
-from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, RecordStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,8 +66,6 @@ class RecordIntegration(Integration):
         if isinstance(report_to, DirectReport):
             report_to.serve(*self.records)
         self.dispatcher = Dispatcher(component, sessions, *self.records, batch=batch, lease=lease)
-        database = Database(sessions)
-        self._stores = [RecordStore(one, database) for one in self.records]
 
     def create_async_tasks(self) -> Sequence[TemporalAsyncTask[Any, Any]]:
         return self._tasks
@@ -124,12 +120,7 @@ class RecordIntegration(Integration):
             ServerUnavailableError: The Temporal server does not answer.
             NotConnectedError: The process is not connected yet.
         """
-        for store in self._stores:
-            if store.records.record is record:
-                claim = await store.find(key)
-                if claim is not None and claim.status in TO_CHECK:
-                    return await check(store, claim)
-        return False
+        return await self.dispatcher.refresh(record, key)
 
 
 def _reported(
