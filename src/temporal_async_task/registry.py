@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol
+
+from typing_extensions import TypeVar
 
 from temporal_async_task.errors import DuplicateTaskError
 
@@ -40,13 +42,16 @@ class TaskDefinition(Protocol):
     def task_queue(self) -> str: ...
 
 
-class Registry:
-    """The tasks of one component. A payload can choose only among these."""
+T = TypeVar("T", bound=TaskDefinition, default=TaskDefinition)
+
+
+class Registry(Generic[T]):
+    """Tasks, each with a name of its own. Of a component: a payload can choose only among these."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str, TaskDefinition] = {}
+        self._tasks: dict[str, T] = {}
 
-    def add(self, task: TaskDefinition) -> None:
+    def add(self, task: T) -> None:
         """Add a task.
 
         Raises:
@@ -59,10 +64,10 @@ class Registry:
                 f"the application: rename one with @async_task(name=...)."
             )
 
-    def find(self, name: str) -> TaskDefinition | None:
+    def find(self, name: str) -> T | None:
         return self._tasks.get(name)
 
-    def __iter__(self) -> Iterator[TaskDefinition]:
+    def __iter__(self) -> Iterator[T]:
         return iter(self._tasks.values())
 
     def __len__(self) -> int:
@@ -70,5 +75,5 @@ class Registry:
 
 
 def _origin(task: TaskDefinition) -> str:
-    function = task.function
+    function = getattr(task, "__wrapped__", task.function)  # of one that reports, what was written
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"

@@ -23,6 +23,7 @@ from temporal_async_task import (
 )
 from temporal_async_task.devserver import DevServer
 from temporal_async_task.integrations.base import AggregatedIntegration, Integration
+from temporal_async_task.integrations.reported import reported
 
 NOWHERE = AsyncTaskComponentConfig(temporal_address="127.0.0.1:1")
 
@@ -138,6 +139,13 @@ def test_two_tasks_of_one_name_are_refused():
     log: list[str] = []
     with pytest.raises(DuplicateTaskError, match="'one'"):
         AggregatedIntegration(Pictures("one", log), Pictures("one", log)).create_async_tasks()
+
+
+def test_of_two_tasks_that_report_the_functions_are_named_that_were_written():
+    reporter: Any = None
+    one, two = (SimpleNamespace(create_async_tasks=lambda: [reported(task("one"), to=reporter)]) for _ in range(2))
+    with pytest.raises(DuplicateTaskError, match=rf"{task.__module__}\.task\.<locals>\.nothing and "):
+        AggregatedIntegration(one, two).create_async_tasks()
 
 
 async def test_one_that_fails_to_start_has_those_before_it_torn_down():

@@ -12,7 +12,8 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from temporal_async_task.errors import ConfigError, DuplicateTaskError, ServerUnavailableError
+from temporal_async_task.errors import ConfigError, ServerUnavailableError
+from temporal_async_task.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -114,11 +115,10 @@ class AggregatedIntegration:
             DuplicateTaskError: Two integrations have different tasks of one name.
         """
         if self._tasks is None:
-            known: dict[str, TemporalAsyncTask[Any, Any]] = {}
+            tasks: Registry[TemporalAsyncTask[Any, Any]] = Registry()
             for task in self._collect("create_async_tasks"):
-                if known.setdefault(task.name, task) is not task:
-                    raise DuplicateTaskError(f"Two integrations have a task named {task.name!r}: rename one.")
-            self._tasks = tuple(known.values())
+                tasks.add(task)
+            self._tasks = tuple(tasks)
         return self._tasks
 
     def create_side_effects(self) -> tuple[SideEffect, ...]:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from temporal_async_task.errors import ConfigError, DuplicateTaskError
+from temporal_async_task.errors import ConfigError
 from temporal_async_task.integrations._events import Watches
 from temporal_async_task.integrations._page import page, page_file, to_page
 from temporal_async_task.integrations._problems import (
@@ -33,6 +33,7 @@ from temporal_async_task.integrations._problems import (
     limited_route,
 )
 from temporal_async_task.integrations._task_routes import TaskRoutes
+from temporal_async_task.registry import Registry
 from temporal_async_task.task import TemporalAsyncTask
 
 MAX_BODY = 2 * 1024 * 1024
@@ -112,7 +113,7 @@ def _check_dependencies(dependencies: Sequence[Depends], *, public: bool) -> Non
 
 
 def _checked(tasks: Iterable[TemporalAsyncTask[Any, Any]], *, ui: bool) -> list[TemporalAsyncTask[Any, Any]]:
-    checked: dict[str, TemporalAsyncTask[Any, Any]] = {}
+    checked: Registry[TemporalAsyncTask[Any, Any]] = Registry()
     for task in tasks:
         if not isinstance(task, TemporalAsyncTask):
             raise ConfigError(f"create_task_router takes tasks; {task!r} is none. Is @async_task missing?")
@@ -124,11 +125,10 @@ def _checked(tasks: Iterable[TemporalAsyncTask[Any, Any]], *, ui: bool) -> list[
             )
         if ui and name == "ui":
             raise ConfigError("A task named 'ui' stands where the page is: rename it, or pass ui=False.")
-        if checked.setdefault(name, task) is not task:
-            raise DuplicateTaskError(f"Two tasks of the router are named {name!r}: rename one.")
+        checked.add(task)
     if not checked:
         raise ConfigError("create_task_router was given no task.")
-    return list(checked.values())
+    return list(checked)
 
 
 def _add_task_list(router: APIRouter, routes: list[TaskRoutes]) -> None:
