@@ -135,7 +135,8 @@ class AggregatedIntegration:
 
     async def configure(self) -> None:
         """Configure each, in order."""
-        await self._each("configure")
+        for one in self.integrations:
+            await _call(one, "configure")
 
     async def setup(self, app: Any) -> None:
         """Set each up, in order. If one fails, those before it are torn down."""
@@ -199,10 +200,6 @@ class AggregatedIntegration:
             create = getattr(one, part, None)
             if create is not None:
                 yield from create()
-
-    async def _each(self, part: str, *args: Any) -> None:
-        for one in self.integrations:
-            await _call(one, part, *args)
 
 
 async def connect(component: AsyncTaskComponent) -> None:
