@@ -28,14 +28,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tomllib
 import uuid
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import temporal_async_task
+from temporal_async_task import devserver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,6 +198,17 @@ def test_every_output_belongs_to_an_example(block: Block):
     before = [one for one in BLOCKS if one.page == block.page and one.line < block.line]
     assert before
     assert before[-1].kind in {"memory", "server"}
+
+
+# Extras ---------------------------------------------------------------------------------------------------
+
+
+def test_the_extra_server_brings_the_command_that_starts_a_server():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [requirement] = extras["server"]
+    files = metadata.files(re.split(r"[^\w-]", requirement)[0]) or []
+    [command] = [file.locate() for file in files if file.name == "temporal"]
+    assert Path(devserver._find_binary()).samefile(str(command))
 
 
 # Links ----------------------------------------------------------------------------------------------------
