@@ -319,6 +319,10 @@ async def test_a_form_of_another_site_cannot_submit_or_cancel(client: httpx.Asyn
     form = {"Content-Type": "text/plain", "Sec-Fetch-Site": "cross-site"}
     problem(await client.post("/api/tasks/anything", content="{}", headers=form), 415)
     problem(await client.post("/api/tasks/no_params", headers={"Sec-Fetch-Site": "cross-site"}), 403)
+    for origin in ("http://elsewhere.example", "null"):  # to plain http browsers tell nothing but the origin
+        problem(await client.post("/api/tasks/no_params", headers={"Origin": origin}), 403)
+    own = {"Origin": str(client.base_url).rstrip("/")}
+    assert (await client.post("/api/tasks/no_params", headers=own)).status_code == 202
 
 
 async def test_a_task_that_is_not_connected_is_503_with_retry_after(tasks: list[Any]):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
@@ -40,8 +41,8 @@ NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 """For every answer of the API: it is of one moment, and for one caller."""
 
 _JSON_BODY = "application/json"
-_SAME_SITE = {"same-origin", "none"}
-"""Of `Sec-Fetch-Site`: the page itself, or the user's own doing."""
+_SAME_SITE = {"same-origin", "none", None}
+"""Of `Sec-Fetch-Site`: the page itself, or the user's own doing; or it is no browser's."""
 
 
 class InvalidPart(BaseModel):
@@ -185,10 +186,16 @@ class LimitedRequest(Request):
             raise HTTPException(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"The body must be JSON, with the header Content-Type: {_JSON_BODY}."
             )
-        if self.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
+        if self._is_of_another_site():
             raise HTTPException(
                 HTTPStatus.FORBIDDEN, f"From another site a request needs the header Content-Type: {_JSON_BODY}."
             )
+
+    def _is_of_another_site(self) -> bool:
+        site, origin = self.headers.get("sec-fetch-site"), self.headers.get("origin")
+        if site is None and origin is not None:  # a browser tells the site only to https and to localhost
+            return urlsplit(origin).netloc != self.headers.get("host")
+        return site not in _SAME_SITE
 
     async def json(self) -> Any:
         """The body. What Python would read beyond JSON (NaN, lone surrogates) is refused.

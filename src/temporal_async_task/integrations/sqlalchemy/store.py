@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import lazyload
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
-from temporal_async_task.integrations.lifecycle import Event, RecordStatus
+from temporal_async_task.integrations.lifecycle import NOT_AGAIN, Event, RecordStatus
 from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
 from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
 from temporal_async_task.status import TaskResult, TaskStatus
@@ -36,19 +36,13 @@ TO_CHECK = (RecordStatus.QUEUED, RecordStatus.PROCESSING)
 _ENDS = (RecordStatus.COMPLETED, RecordStatus.FAILED)
 MAX_CLAIMS = 10
 """Claims in a row that may end with the process that made them: a record must not kill all dispatchers for ever."""
-_NOT_AGAIN = frozenset(
-    {
-        "TaskCancelledError",
-        "TerminatedError",
-        "NonRetryableError",
-        "WorkerLostError",
-        "StepOutcomeUnknownError",
-        "PollTimeoutError",
-        "WaitTimeoutError",
-        "ResultError",
-        "PayloadTooLargeError",
-    }
-)
+_NOT_AGAIN = NOT_AGAIN | {
+    "TaskCancelledError",
+    "TerminatedError",
+    "NonRetryableError",
+    "ResultError",
+    "PayloadTooLargeError",
+}
 """Types of errors, as a status shows them, after which a record is left to a person."""
 
 
