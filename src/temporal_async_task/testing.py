@@ -152,7 +152,8 @@ class TaskRun(Generic[R]):
         self._origin = uuid.uuid5(uuid.NAMESPACE_OID, task_id).hex
         self._scripts: dict[str, StepScript] = {}
         self._accounted = 0
-        self._events: dict[str, bytes] = {}
+        self._events: dict[str, tuple[float, bytes]] = {}
+        self._given: dict[str, bytes] = {}
         self._timeline: list[tuple[float, Callable[[], object]]] = []
         self._sent: list[tuple[float, str, Any]] = []
         self._cancel_reason: str | None = None
@@ -249,6 +250,8 @@ class TaskRun(Generic[R]):
                     raise TaskCancelledError(self._task_id, "TaskCancelledError", reason)
                 case Parked(due, _, events):
                     await self._wait(due, events)
+                    if events:  # the workflow held the journal; else the activity has the same arguments again
+                        self._given = {key: self._events[key][1] for key in events if key in self._events}
                 case Superseded():
                     await asyncio.sleep(self._lost_after)
         raise RuntimeError(f"The run has not ended after {max_attempts} attempts")
@@ -281,7 +284,7 @@ class TaskRun(Generic[R]):
             threads=_Inline(),
             return_type=return_type,
             cancelled=journal.cancel_reason is not None,
-            events=dict(self._events),
+            events=self._given,
         )
         self._runner.test = self
         args = (self.params,) if self.task.takes_params else ()
@@ -315,12 +318,13 @@ class TaskRun(Generic[R]):
         if self._runner is not None:
             request(self._runner)
 
-    def event_of(self, key: str) -> bytes | None:
-        """The event that was sent with a key, if it was."""
-        return self._events.get(key)
+    def event_of(self, key: str, until: float) -> bytes | None:
+        """The event that was sent with a key, if it was until then."""
+        came, data = self._events.get(key, (float("inf"), None))
+        return data if came <= until else None
 
     def _receive(self, key: str, data: bytes) -> None:
-        self._events.setdefault(key, data)
+        self._events.setdefault(key, (self.now(), data))
         self._woken.set()
 
     def _request_cancel(self, reason: str) -> None:
@@ -354,8 +358,8 @@ class _Carrier:
         self._run.save(snapshot, self._attempt)
         saved.set_result(None)
 
-    async def find_event(self, key: str) -> bytes | None:
-        return self._run.event_of(key)
+    async def find_event(self, key: str, until: float) -> bytes | None:
+        return self._run.event_of(key, until)
 
     def note(self) -> None:
         self._run.save(self._journal.snapshot(), self._attempt)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from temporalio.client import Client
+from temporalio.worker import Replayer
 
 from support import (
     BY_TIMER,
@@ -22,12 +24,14 @@ from support import (
     CallLog,
     WorkerProcess,
     backs_off,
+    ended,
     on_both,
     status_when,
     wait_until,
     work,
 )
 from temporal_async_task import (
+    NonRetryableError,
     RetryPolicy,
     StepState,
     TaskConflictError,
@@ -43,6 +47,8 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.engine import wire
+from temporal_async_task.engine.workflow import TaskWorkflow
 
 HEARTBEAT = 2.0
 
@@ -355,6 +361,55 @@ async def test_two_events_are_waited_for_at_once_in_whichever_order_they_come(ap
     assert await ask.result(task_id, timeout=10) == ["event one", "event two"]
 
 
+async def test_an_event_is_kept_for_a_branch_that_has_not_come_to_its_wait_when_the_attempt_ends(app: App):
+    look_ups = 0
+
+    async def approval() -> str:
+        nonlocal look_ups
+        look_ups += 1
+        if look_ups == 2:
+            await asyncio.Event().wait()  # a slow look-up in a database, say: no step, so the attempt ends before it
+        return await wait_for("approval")
+
+    @async_task
+    async def ask() -> list[str]:
+        return await asyncio.gather(wait_for("payment"), approval())
+
+    await app.start(ask)
+    task_id = await ask.submit()
+    await status_when(ask, task_id, lambda run: len(run.steps) == 2)
+    await ask.send(task_id, "approval", "approved")
+    await wait_until(lambda: look_ups == 2)
+    await ask.send(task_id, "payment", "paid")
+    assert await ask.result(task_id, timeout=10) == ["paid", "approved"]
+
+
+async def test_a_history_replays_whether_or_not_its_workers_told_which_events_they_had_taken(app: App):
+    @async_task
+    async def ask() -> list[str]:
+        return await asyncio.gather(wait_for("one"), wait_for("two"))
+
+    client = (await app.start(ask)).client
+    task_id = await ask.submit()
+    await status_when(ask, task_id, is_held)
+    for key in ("two", "one"):
+        await ask.send(task_id, key, f"event {key}")
+    await ask.result(task_id, timeout=10)
+    history = await client.get_workflow_handle(task_id).fetch_history()
+    replayer = Replayer(workflows=[TaskWorkflow], data_converter=wire.RAW)
+    await replayer.replay_workflow(history)
+    holds = []
+    for event in history.events:
+        for result in event.activity_task_completed_event_attributes.result.payloads:
+            if (hold := wire.hold_of(result)) is None:
+                continue
+            holds.append((hold.events, hold.taken))
+            older = {"due": hold.due, "events": hold.events}
+            result.metadata["asyncTaskHold"] = json.dumps(older).encode()
+    assert holds == [(["one", "two"], []), (["one"], ["two"])]
+    await replayer.replay_workflow(history)
+
+
 async def test_an_event_brings_a_model(app: App):
     seen, vendor = [], Vendor()
 
@@ -496,6 +551,70 @@ async def test_an_event_that_came_in_time_counts_though_another_step_was_at_work
         assert await ask.result(task_id, timeout=10) == ["slow", "approved"]
     finally:
         is_open.set()
+
+
+@pytest.mark.parametrize("in_time", [True, False], ids=["in time", "too late"])
+async def test_an_event_that_came_in_time_counts_though_no_worker_was_there_when_the_time_was_over(
+    app: App, in_time: bool
+):
+    calls, release = [], asyncio.Event()
+
+    async def slow() -> str:
+        calls.append("slow")
+        await release.wait()
+        return "slow"
+
+    async def approval() -> str:
+        try:
+            return await wait_for("approval", timeout=1.0)
+        except WaitTimeoutError:
+            return "nobody has approved"
+
+    @async_task
+    async def ask() -> list[str]:
+        return await asyncio.gather(step("slow", slow), approval())
+
+    worker = await app.start(ask)
+    began = time.monotonic()
+    task_id = await ask.submit()
+    await wait_until(lambda: calls)
+    if in_time:
+        await ask.send(task_id, "approval", "approved")
+    await worker.stop()  # out of grace: the next attempt is one of the same activity, and has the same arguments
+    await wait_until(lambda: time.monotonic() - began > 1.5)
+    await app.connect(ask)
+    if not in_time:
+        await ask.send(task_id, "approval", "approved")
+    release.set()
+    await app.start(ask)
+    expected = "approved" if in_time else "nobody has approved"
+    assert await ask.result(task_id, timeout=10) == ["slow", expected]
+
+
+async def test_an_event_that_came_in_time_counts_though_its_run_failed_and_was_resumed_after_the_time(app: App):
+    calls, release = [], asyncio.Event()
+
+    async def charge() -> str:
+        calls.append("charge")
+        await release.wait()
+        if len(calls) == 1:
+            raise NonRetryableError("declined")
+        return "charged"
+
+    @async_task
+    async def ask() -> list[str]:
+        return await asyncio.gather(step("charge", charge), wait_for("approval", timeout=1.0))
+
+    await app.start(ask)
+    began = time.monotonic()
+    task_id = await ask.submit()
+    await wait_until(lambda: calls)
+    await ask.send(task_id, "approval", "approved")
+    release.set()
+    await status_when(ask, task_id, ended)
+    await wait_until(lambda: time.monotonic() - began > 1.5)
+    await ask.resume(task_id)
+    assert await ask.result(task_id, timeout=10) == ["charged", "approved"]
 
 
 async def test_a_run_that_is_held_outlives_its_worker(stories: Any):

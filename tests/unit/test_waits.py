@@ -679,6 +679,28 @@ class TestWaitFor:
         assert run.calls_of("a") == 1
         assert run.elapsed == 50
 
+    @staticmethod
+    def approval_beside_a_worker_that_is_lost_until_after_the_timeout() -> TaskRun[list[Any]]:
+        @async_task
+        async def task() -> list[Any]:
+            return list(await asyncio.gather(wait_for("approval", timeout=60), step("a", one)))
+
+        run = TaskRun(task, lost_after=30)
+        run.on("a").takes(45).loses_worker(when="after")
+        return run
+
+    def test_an_event_that_came_in_time_counts_though_the_next_attempt_begins_after_the_timeout(self):
+        run = self.approval_beside_a_worker_that_is_lost_until_after_the_timeout()
+        run.send("approval", "yes", at=30)
+        assert run.execute() == ["yes", 1]
+        assert [attempt.began for attempt in run.attempts] == [0, 75]
+
+    def test_an_event_that_came_after_the_timeout_does_not_count_though_no_attempt_has_noticed_that(self):
+        run = self.approval_beside_a_worker_that_is_lost_until_after_the_timeout()
+        run.send("approval", "yes", at=65)
+        with pytest.raises(WaitTimeoutError):
+            run.execute()
+
     @pytest.mark.parametrize("comes_at", [50, 500])
     def test_beside_a_parked_step_both_wake_the_run(self, comes_at: float):
         @async_task(retry_policy=STEADY)

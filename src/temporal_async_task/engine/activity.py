@@ -243,11 +243,11 @@ class _Attempt:
             self._mailbox.post(self._writer.checkpoint, saved)
         return saved
 
-    async def find_event(self, key: str) -> bytes | None:
-        return await asyncio.shield(asyncio.wrap_future(self.apart(self._find_event, key)))
+    async def find_event(self, key: str, until: float) -> bytes | None:
+        return await asyncio.shield(asyncio.wrap_future(self.apart(self._find_event, key, until)))
 
-    async def _find_event(self, key: str) -> bytes | None:
-        found = await self._execution.find_event((self._values.event_name(key), key))
+    async def _find_event(self, key: str, until: float) -> bytes | None:
+        found = await self._execution.find_event((self._values.event_name(key), key), until)
         return None if found is None else found.SerializeToString()
 
     def note(self) -> None:
@@ -409,13 +409,19 @@ class _Attempt:
                 await self._end(RuntimeError(reason), wire.CANCELLED, journal)
             case Parked(due, _, events) if events:
                 names = tuple(map(self._values.event_name, events))
-                hold = wire.Hold(None if due == float("inf") else due, names)
+                hold = wire.Hold(None if due == float("inf") else due, names, self._taken(journal))
                 await complete(self._client, token, wire.hold_payload(hold, await self._insist_encode(journal)))
             case Parked(due, reason):
                 delay = timedelta(seconds=max(due - self.now(), 0.0))
                 await self._give_back(reason, delay, await self._insist_encode(journal, ended=True))
             case Superseded():
                 pass
+
+    def _taken(self, journal: Journal) -> tuple[str, ...]:
+        """Which of the events that the attempt was given are in the journal."""
+        keys = [record.key for record in journal.done()] if self._input.events else []
+        names = {*keys, *map(self._values.event_name, keys)}
+        return tuple(name for name in self._input.events if name in names)
 
     async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
         """Fail the run for good, and keep its journal: ``resume`` goes on from it."""

@@ -125,7 +125,6 @@ class Attempt:
         self._cancel_delivered = False  # ... and raised in the body
         self._cancel_arriving: asyncio.Task[None] | None = None
         self._draining = False
-        self._began = carrier.now()
         self._moves = 0  # how often the next has changed: while it does, the body has not come to rest
         self._active = 0  # steps that are in flight: being answered, called or checkpointed
         self._waiting: dict[asyncio.Future[None], Wait] = {}  # steps that wait, and for what

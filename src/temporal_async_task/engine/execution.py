@@ -55,8 +55,8 @@ class Execution(Protocol):
         """The journal says that the run is cancelled."""
         ...
 
-    async def find_event(self, names: Sequence[str]) -> Payload | None:
-        """An event with one of the names that has come since the attempt began."""
+    async def find_event(self, names: Sequence[str], until: float) -> Payload | None:
+        """An event with one of the names that has come until then, whether or not the attempt was given it."""
         ...
 
     async def cancel_done(self, reason: str) -> None:
@@ -111,8 +111,8 @@ class InWorkflow:
         # than until the journal says that the run is cancelled.
         await insist(lambda: unpause(self._client, self._workflow, self._activity_id), "go on with the cancellation")
 
-    async def find_event(self, names: Sequence[str]) -> Payload | None:
-        events = await insist(lambda: sent_events(self._client, self._workflow), "look for an event")
+    async def find_event(self, names: Sequence[str], until: float) -> Payload | None:
+        events = await insist(lambda: sent_events(self._client, self._workflow, until), "look for an event")
         return next((events[name] for name in names if name in events), None)
 
     async def cancel_done(self, reason: str) -> None:
@@ -174,7 +174,7 @@ class Standalone:
     async def cancel_saved(self) -> None:
         pass  # the activity was not paused, but marked
 
-    async def find_event(self, names: Sequence[str]) -> Payload | None:  # noqa: ARG002
+    async def find_event(self, names: Sequence[str], until: float) -> Payload | None:  # noqa: ARG002
         return None
 
     async def cancel_done(self, reason: str) -> None:

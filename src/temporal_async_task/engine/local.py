@@ -47,7 +47,7 @@ class _Memory:
         done.set_result(None)
         return done
 
-    async def find_event(self, key: str) -> bytes | None:  # noqa: ARG002
+    async def find_event(self, key: str, until: float) -> bytes | None:  # noqa: ARG002
         return None
 
     def note(self) -> None:

@@ -108,8 +108,8 @@ class Carrier(Protocol):
         """
         ...
 
-    async def find_event(self, key: str) -> bytes | None:
-        """An event that has come since the attempt began."""
+    async def find_event(self, key: str, until: float) -> bytes | None:
+        """An event that has come until then, whether or not the attempt was given it."""
         ...
 
     def note(self) -> None:

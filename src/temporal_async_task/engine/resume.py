@@ -43,8 +43,7 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
             started = event.workflow_execution_started_event_attributes
             inputs = list(started.input.payloads)
             start = own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
-            events = dict(zip(start.events, inputs[4:], strict=True))
-            remains = Remains(start, inputs[1], inputs[2:4], events)
+            remains = Remains(start, inputs[1], inputs[2:4], _events_from_before(event))
         else:
             _look_at(event, remains)
     if remains is None:
@@ -55,13 +54,26 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
     return remains
 
 
-async def sent_events(client: Client, execution: WorkflowExecution) -> dict[str, Payload]:
-    """The events that were sent to a run, whether its workflow has seen them yet or not."""
+async def sent_events(client: Client, execution: WorkflowExecution, until: float) -> dict[str, Payload]:
+    """The events that were sent to a run until then, whether its workflow has seen them yet or not.
+
+    Of those from before a resume or a new history it is not known when they were sent; they count.
+    """
     handle = client.get_workflow_handle(execution.workflow_id, run_id=execution.run_id)
-    events: dict[str, Payload] = {}
+    events: dict[str, Payload] | None = None
     async for event in handle.fetch_history_events():
-        _look_for_event(event, events)
-    return events
+        if events is None:  # the first event
+            events = _events_from_before(event)
+        elif event.event_time.ToNanoseconds() / 1e9 > until:
+            break
+        else:
+            _look_for_event(event, events)
+    return events or {}
+
+
+def _events_from_before(first: HistoryEvent) -> dict[str, Payload]:
+    inputs = first.workflow_execution_started_event_attributes.input.payloads
+    return dict(zip(wire.TaskInput.from_payload(inputs[0]).events, inputs[4:], strict=True))
 
 
 def _look_at(event: HistoryEvent, remains: Remains) -> None:

@@ -289,8 +289,8 @@ class Runner(Attempt):
                 await self._refuse_cancelled()
                 event = self._events.get(key)
                 due = record.due <= self._carrier.now()
-                if event is None and due and record.due > self._began:  # it may have come while a step was in flight
-                    event = await self._carrier.find_event(key)
+                if event is None and due:  # it may have come in time, while another step or a lost worker was at it
+                    event = await self._carrier.find_event(key, record.due)
                 if event is not None:
                     record.calls = 1
                     await self._complete(record, event)

@@ -141,6 +141,9 @@ class Hold(_Message):
     due: float | None
     """Seconds since the epoch; None for however long it takes."""
     events: tuple[str, ...]
+    taken: tuple[str, ...] | None = None
+    """Of the events that the attempt was given, those that are in the journal now. None, from a worker that does not
+    tell: all of them."""
 
 
 def hold_payload(hold: Hold, journal: Sequence[Payload]) -> Payload:

@@ -80,11 +80,11 @@ class TaskWorkflow:
             result = await self._attempt(name, start, attempt, params)
             if result is None:
                 continue
-            for key in attempt.events:
-                del self._events[key]  # it is in the journal now
             hold = wire.hold_of(result.payload)
             if hold is None:
                 return result
+            for key in attempt.events if hold.taken is None else hold.taken:
+                del self._events[key]  # it is in the journal now
             self._hold(wire.unpack(result.payload))
             await self._wait_for_event(hold, attempt)
             if workflow.info().is_continue_as_new_suggested() and not self._is_cancelled():
