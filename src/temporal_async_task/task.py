@@ -15,10 +15,9 @@ from temporalio.common import Priority
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.backend import Backend, TaskAddress, WorkflowBackend
-from temporal_async_task.engine.body import names
 from temporal_async_task.engine.local import run_here
+from temporal_async_task.engine.signatures import names, signature_types
 from temporal_async_task.engine.standalone import StandaloneBackend
-from temporal_async_task.engine.values import signature_types
 from temporal_async_task.errors import (
     ConfigError,
     NotConnectedError,

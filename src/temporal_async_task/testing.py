@@ -37,7 +37,7 @@ from temporal_async_task.engine.outcome import (
 )
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.unwind import prepare
-from temporal_async_task.engine.values import PayloadValues, return_type
+from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.errors import TaskCancelledError
 from temporal_async_task.steps import StepCall
 
@@ -282,8 +282,6 @@ class TaskRun(Generic[R]):
             self._values,
             _Carrier(self, number, journal),
             threads=_Inline(),
-            return_type=return_type,
-            cancelled=journal.cancel_reason is not None,
             events=self._given,
         )
         self._runner.test = self

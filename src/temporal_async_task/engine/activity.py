@@ -26,7 +26,7 @@ from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.body import bind_body, is_sync
+from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.execution import execution_of
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
 from temporal_async_task.engine.mailbox import Mailbox
@@ -41,8 +41,9 @@ from temporal_async_task.engine.outcome import (
     Superseded,
 )
 from temporal_async_task.engine.runner import Runner
+from temporal_async_task.engine.signatures import is_sync
 from temporal_async_task.engine.stopping import stop_and_look
-from temporal_async_task.engine.values import MAX_PAYLOAD, NamedEvents, PayloadValues, return_type
+from temporal_async_task.engine.values import MAX_PAYLOAD, NamedEvents, PayloadValues
 from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
 from temporal_async_task.errors import ParamsError, ResultError, StoredValueLostError, TaskNotRegisteredError
 
@@ -372,8 +373,6 @@ class _Attempt:
             self._values,
             self,
             threads=self._owner.threads,
-            return_type=return_type,
-            cancelled=journal.cancel_reason is not None,
             events=self._events,
         )
         with self._meeting:

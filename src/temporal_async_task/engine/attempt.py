@@ -45,6 +45,7 @@ from temporal_async_task.engine.outcome import (
     Superseded,
     Values,
 )
+from temporal_async_task.engine.signatures import is_async
 from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
     PayloadTooLargeError,
@@ -69,6 +70,8 @@ NOTE_INTERVAL = 1.0
 """Seconds, at least, between two writes of what is not awaited: running steps, progress."""
 NOTE_DELAY = 0.2
 """Seconds before what is not awaited is written: a step that is quicker costs no more than its checkpoint."""
+MAX_LOST_ATTEMPTS = 10
+"""That a step, or the body, may lose with their workers, in a row: what kills its worker must not kill all of them."""
 UNWIND_TIMEOUT = 3.0
 """Seconds that a body may take over its ``finally`` blocks when an attempt ends before it."""
 CLEANUP_TIMEOUT = 60.0
@@ -105,8 +108,6 @@ class Attempt:
         carrier: Carrier,
         *,
         threads: Executor | None = None,
-        return_type: Callable[[Callable[..., Any]], Any] = lambda _: None,
-        cancelled: bool = False,
         events: Mapping[str, bytes] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -120,8 +121,7 @@ class Attempt:
         self._values = values
         self._carrier = carrier
         self._threads = threads
-        self._return_type = return_type
-        self._cancelled = cancelled  # requested; ...
+        self._cancelled = journal.cancel_reason is not None  # requested; ...
         self._cancel_delivered = False  # ... and raised in the body
         self._cancel_arriving: asyncio.Task[None] | None = None
         self._draining = False
@@ -164,7 +164,7 @@ class Attempt:
             # No step was begun, so there is nothing to clean up; in a task without steps, running the body once
             # more would make its call again.
             return Cancelled(self.journal.cancel_reason or "")
-        if self.journal.body.lost >= self.settings.max_lost_attempts:
+        if self.journal.body.lost >= MAX_LOST_ATTEMPTS:
             return Failed(recorded_failure(lost(self.journal.body)))
         if self._deadline is not None and self._carrier.now() >= self._deadline:
             return Failed(self._timeout_error())
@@ -606,13 +606,6 @@ class Attempt:
 
     def _step_info(self, key: str, record: StepRecord) -> StepInfo:
         return StepInfo(key, record.failures + 1, self.settings.origin, record.key)
-
-
-def is_async(call: Callable[..., Any]) -> bool:
-    """Whether a callable is to be called on the event loop."""
-    while isinstance(call, functools.partial):
-        call = call.func
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
 def _without_stop_iteration(call: Callable[[], Any]) -> Any:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import dis
 import functools
 import inspect
-import types
 from typing import TYPE_CHECKING, Any
 
-from temporal_async_task.engine.attempt import is_async
+from temporal_async_task.engine.signatures import is_async
 from temporal_async_task.errors import AsyncTaskError, StepUsageError
 from temporal_async_task.steps import Result, Step
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
     from temporal_async_task.engine.runner import Runner
 
@@ -29,11 +27,6 @@ def bind_body(function: Callable[..., Any], args: tuple[Any, ...], runner: Runne
         runner.returns_after(function)
         return functools.partial(function, *args)
     return functools.partial(runner.invoke, function, *args)
-
-
-def is_sync(function: Callable[..., Any]) -> bool:
-    """Whether all of a task's code is one sync call: it asks for no steps, and needs no event loop."""
-    return not (is_async(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function))
 
 
 async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) -> Any:
@@ -101,26 +94,3 @@ def _step_of(value: Any) -> Step:
         f"The task yielded {type(value).__name__}. Yield Step(key, call, ...) for each step, and "
         f"Result(value) at the end of an async generator."
     )
-
-
-def names(function: Callable[..., Any], thing: object) -> bool:
-    """Whether a function's own code names a thing, as a global (``wait_for``) or of a module (``tasks.wait_for``)."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
-    code: types.CodeType | None = getattr(function, "__code__", None)
-    return code is not None and _code_names(code, getattr(function, "__globals__", {}), thing)
-
-
-def _code_names(code: types.CodeType, scope: Mapping[str, object], thing: object) -> bool:
-    before: object = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in {"LOAD_GLOBAL", "LOAD_NAME"}:
-            before = scope.get(instruction.argval)
-        elif instruction.opname in {"LOAD_ATTR", "LOAD_METHOD"} and isinstance(before, types.ModuleType):
-            before = getattr(before, instruction.argval, None)
-        else:
-            before = None
-        if before is thing:
-            return True
-    return any(_code_names(inner, scope, thing) for inner in code.co_consts if isinstance(inner, types.CodeType))

@@ -13,7 +13,7 @@ from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.journal import Journal
 from temporal_async_task.engine.outcome import Completed, Failed, RunSettings
 from temporal_async_task.engine.runner import Runner
-from temporal_async_task.engine.values import PayloadValues, return_type
+from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.steps import step_var
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ async def run_here(task: TaskDefinition, params: Any) -> Any:
         params=params,
     )
     step_var.set(None)  # a child of a step, in memory
-    runner = Runner(settings, Journal(), values, _Memory(), return_type=return_type)
+    runner = Runner(settings, Journal(), values, _Memory())
     outcome = await runner.run(bind_body(task.function, (params,) if task.takes_params else (), runner))
     match outcome:
         case Completed(result):

@@ -129,7 +129,6 @@ class RunSettings:
     step_timeout: float | None = None
     deadline: float | None = None
     timeout: float | None = None
-    max_lost_attempts: int = 10
     in_place: float = IN_PLACE
     local: bool = False
     """No server: a child task is run on the spot."""

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from temporal_async_task.engine.attempt import NEVER, Attempt, Wait, is_async
+from temporal_async_task.engine.attempt import MAX_LOST_ATTEMPTS, NEVER, Attempt, Wait
 from temporal_async_task.engine.failures import lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
 from temporal_async_task.engine.outcome import UNREADABLE_DELAY
 from temporal_async_task.engine.returning import returning_lines
+from temporal_async_task.engine.signatures import is_async, return_type
 from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
     AsyncTaskError,
@@ -119,7 +120,7 @@ class Runner(Attempt):
         caller = sys._getframe(1).f_back  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - behind `steps.step`
         if (child := child_of(call.call)) is not None:
             return await self._child(child, call)
-        hint = call.options.result_type or self._return_type(call.call)  # refused before the call, if it must be
+        hint = call.options.result_type or return_type(call.call)  # refused before the call, if it must be
         with self._in_flight(call.key, "step"):
             record = await self._find(call.key)
             if record.state is not StepState.COMPLETED:
@@ -215,7 +216,7 @@ class Runner(Attempt):
 
     async def poll(self, call: StepCall, every: Callable[[int], float], timeout: float | None) -> Any:
         """Call until the answer is not None. See ``steps.poll``."""
-        hint = call.options.result_type or self._return_type(call.call)
+        hint = call.options.result_type or return_type(call.call)
         with self._in_flight(call.key, "poll"):
             record = await self._find(call.key)
             if record.state is not StepState.COMPLETED:
@@ -376,7 +377,7 @@ class Runner(Attempt):
 
     async def _begin(self, call: StepCall, record: StepRecord) -> None:
         """Wait for the step's turn, and note that its call is being made."""
-        if record.lost >= self.settings.max_lost_attempts:
+        if record.lost >= MAX_LOST_ATTEMPTS:
             await self._give_up(record, lost(record).error)
         await self._turn(record)
         record.state, record.due = StepState.RUNNING, None
