@@ -56,7 +56,7 @@ async def running(
         status = TaskStatus.PROCESSING if held or left is not None else TaskStatus.PENDING
         due = min((record.due for record in journal if record.due is not None), default=None)
         return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
-    begun = bool(held) or (activity.attempt > 1 and not _is_untouched(details))
+    begun = bool(held) or (activity.attempt > 1 and not any(map(wire.is_nothing_begun, details)))
     lost = await _attempt_lost(activity.last_failure, values)
     return _under_way(
         task_id, info, journal, activity, waiting=activity.state not in IN_AN_ATTEMPT, begun=begun, lost=lost
@@ -72,13 +72,9 @@ async def running_activity(
     details = info.heartbeat_details.payloads[:1]
     journal = await _journal(details or ([held] if held else []), values)
     # By its start and not by the number of its attempts, which a reset sets back.
-    begun = bool(held) or (info.HasField("last_started_time") and not _is_untouched(details))
+    begun = bool(held) or (info.HasField("last_started_time") and not any(map(wire.is_nothing_begun, details)))
     lost = await _attempt_lost(info.last_failure, values)
     return _under_way(task_id, info, journal, info, waiting=info.run_state not in IN_AN_ATTEMPT, begun=begun, lost=lost)
-
-
-def _is_untouched(details: Sequence[Payload]) -> bool:
-    return any(wire.NOTHING_BEGUN in payload.metadata for payload in details)
 
 
 def _under_way(
@@ -199,7 +195,7 @@ def header_in(failure: Failure) -> Sequence[Payload]:
 
 async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     """The journal's header; an empty journal where there is none."""
-    if not header or wire.NOTHING_BEGUN in header[0].metadata:
+    if not header or wire.is_nothing_begun(header[0]):
         return Journal()
     [plain] = await values.decode_raw(list(header))
     return Journal.of_header(plain.data)

@@ -17,7 +17,6 @@ from temporalio.exceptions import ApplicationError
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.resume import sent_events
-from temporal_async_task.engine.standalone import cancel_mark
 from temporal_async_task.engine.stopping import pause_reason, unpause
 from temporal_async_task.engine.writer import AttemptGoneError, insist
 
@@ -145,7 +144,7 @@ class Standalone:
                 f"Task {self.task_name!r} was not started by temporal-async-task. Use task.submit().",
                 non_retryable=True,
             ) from error
-        reason = cancel_mark(info.retry_policy.non_retryable_error_types if info.retry_policy else None)
+        reason = wire.cancel_mark(info.retry_policy.non_retryable_error_types if info.retry_policy else None)
         deadline = None
         if reason is None and start.timeout is not None:
             deadline = info.scheduled_time.timestamp() + start.delay + start.timeout
@@ -166,7 +165,7 @@ class Standalone:
         )
         service = self._client.workflow_service
         found = await insist(lambda: service.describe_activity_execution(request), "ask whether the run is cancelled")
-        reason = cancel_mark(found.info.retry_policy.non_retryable_error_types)
+        reason = wire.cancel_mark(found.info.retry_policy.non_retryable_error_types)
         if reason is None and answer.cancel_requested:  # by Temporal's own means
             reason = found.info.canceled_reason
         return reason

@@ -9,7 +9,6 @@ from temporalio.api.common.v1 import Payload, WorkflowExecution
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.stopping import task_activity
-from temporal_async_task.engine.workflow import own_input
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +41,7 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
         if remains is None:  # the first event
             started = event.workflow_execution_started_event_attributes
             inputs = list(started.input.payloads)
-            start = own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
+            start = wire.own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
             remains = Remains(start, inputs[1], inputs[2:4], _events_from_before(event))
         else:
             _look_at(event, remains)

@@ -53,7 +53,6 @@ from temporal_async_task.engine.backend import (
 from temporal_async_task.engine.describe import completed, failed_activity, running_activity
 from temporal_async_task.engine.journal import ErrorInfo
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT
-from temporal_async_task.engine.workflow import ATTEMPTS, NO_LIMIT
 from temporal_async_task.errors import ConfigError, TaskNotFoundError
 from temporal_async_task.status import TaskResult, TaskStatus
 
@@ -134,8 +133,8 @@ class StandaloneBackend(Backend):
             header=Header(fields=kept),
             id_conflict_policy=ActivityIdConflictPolicy.ACTIVITY_ID_CONFLICT_POLICY_FAIL,
         )
-        ATTEMPTS.apply_to_proto(request.retry_policy)
-        request.start_to_close_timeout.FromTimedelta(NO_LIMIT)
+        wire.AFTER_A_LOSS.apply_to_proto(request.retry_policy)
+        request.start_to_close_timeout.FromTimedelta(wire.NO_LIMIT)
         _set(request.heartbeat_timeout, start.heartbeat_timeout)
         return request
 
@@ -279,7 +278,7 @@ class StandaloneBackend(Backend):
         self, task: TaskAddress, task_id: str, found: DescribeActivityExecutionResponse, reason: str
     ) -> bool:
         """Mark a run as cancelled. False if it can only be cancelled by the server's own means."""
-        if cancel_mark(found.info.retry_policy.non_retryable_error_types) is not None:
+        if _is_marked(found.info):
             return True
         options = ActivityOptions(retry_policy=found.info.retry_policy)
         options.retry_policy.non_retryable_error_types.append(wire.CANCEL_MARK + reason)
@@ -295,7 +294,7 @@ class StandaloneBackend(Backend):
             return True
         # It has ended, another caller has cancelled it just now, or an operator has reset it: then, options stay as
         # they are until the attempt that goes on has ended. Or such commands are switched off.
-        return cancel_mark((await self._found(task, task_id)).info.retry_policy.non_retryable_error_types) is not None
+        return _is_marked((await self._found(task, task_id)).info)
 
     async def _command(self, command: Any, request: Any) -> bool:
         """Tell the activity something; False if its state, or the server, has no place for it."""
@@ -372,25 +371,19 @@ def too_old(address: str) -> ConfigError:
     )
 
 
-def cancel_mark(error_types: Sequence[str] | None) -> str | None:
-    """The reason for which a run was marked as cancelled, from its activity's error types that are not retried."""
-    for error_type in error_types or ():
-        if error_type.startswith(wire.CANCEL_MARK):
-            return error_type.removeprefix(wire.CANCEL_MARK)
-    return None
+def _is_marked(info: ActivityExecutionInfo) -> bool:
+    return wire.cancel_mark(info.retry_policy.non_retryable_error_types) is not None
 
 
 def _is_told(info: ActivityExecutionInfo) -> bool:
     """Whether the body knows already that it is cancelled."""
-    return info.run_state == PendingActivityState.PENDING_ACTIVITY_STATE_CANCEL_REQUESTED or any(
-        wire.CANCELLING in payload.metadata for payload in info.heartbeat_details.payloads[:1]
-    )
+    by_the_server = info.run_state == PendingActivityState.PENDING_ACTIVITY_STATE_CANCEL_REQUESTED
+    return by_the_server or wire.is_cancelling(info.heartbeat_details.payloads)
 
 
 def _is_begun(info: ActivityExecutionInfo) -> bool:
     """Whether there may be something to clean up. What has not begun is ended by the server, at once."""
-    details = info.heartbeat_details.payloads
-    begun = any(wire.NOTHING_BEGUN not in payload.metadata for payload in details)
+    begun = not all(map(wire.is_nothing_begun, info.heartbeat_details.payloads))
     return begun or info.run_state in IN_AN_ATTEMPT or wire.MEMO_JOURNAL in info.header.fields
 
 

@@ -59,7 +59,7 @@ async def stop_and_look(
         return None
     ours = found.pause_info.manual.reason.startswith(wire.PAUSED_TO_CANCEL)
     try:
-        if found.state in IN_AN_ATTEMPT and _is_told(found):
+        if found.state in IN_AN_ATTEMPT and wire.is_cancelling(found.heartbeat_details.payloads):
             if found.paused and ours:  # its worker may be lost before it could: then nobody else does
                 await unpause(client, execution, found.activity_id)
             return None
@@ -74,7 +74,7 @@ async def stop_and_look(
     if found is None or (found.state in IN_AN_ATTEMPT and not _is_lost(found, now)):
         return None
     journal = list(found.heartbeat_details.payloads)
-    return [] if any(wire.NOTHING_BEGUN in payload.metadata for payload in journal) else journal
+    return [] if any(map(wire.is_nothing_begun, journal)) else journal
 
 
 async def unpause(client: Client, execution: WorkflowExecution, activity_id: str) -> None:
@@ -93,10 +93,6 @@ def _pause(client: Client, execution: WorkflowExecution, activity_id: str, reaso
         id=activity_id,
         reason=reason,
     )
-
-
-def _is_told(found: PendingActivityInfo) -> bool:
-    return any(wire.CANCELLING in payload.metadata for payload in found.heartbeat_details.payloads[:1])
 
 
 def _is_lost(found: PendingActivityInfo, now: datetime) -> bool:

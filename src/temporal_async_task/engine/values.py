@@ -195,7 +195,7 @@ class PayloadValues:
 
     async def decode_journal(self, payloads: Sequence[Payload]) -> Journal:
         """The journal of ``encode_journal``'s payloads; an empty one of none."""
-        if not payloads or wire.NOTHING_BEGUN in payloads[0].metadata:
+        if not payloads or wire.is_nothing_begun(payloads[0]):
             return Journal()
         header, results = payloads
         [plain] = await self.decode_raw([header])

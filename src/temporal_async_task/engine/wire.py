@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Self
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from temporalio.api.common.v1 import Payload, Payloads
-from temporalio.common import RawValue
+from temporalio.common import RawValue, RetryPolicy
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 
 WORKFLOW_PREFIX = "asyncTask_"
@@ -62,6 +62,12 @@ cancelled. The rest is the caller's reason. It is the one text of such an activi
 and that its attempts get to see."""
 
 _HOLD = "asyncTaskHold"
+
+AFTER_A_LOSS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficient=1.0)
+"""How attempts are repeated is the engine's business: an attempt that ends in order says when the next is due. What is
+left to this policy is the attempt whose worker was lost: the next one begins after a second, as often as it takes."""
+NO_LIMIT = timedelta(days=3650)
+"""The server wants a bound for an attempt. It is not what notices a dead worker (the heartbeat timeout is)."""
 
 
 class _Message:
@@ -146,6 +152,14 @@ class Hold(_Message):
     tell: all of them."""
 
 
+def own_input(start: TaskInput, run_id: str) -> TaskInput:
+    """What a run was started with, its origin filled in.
+
+    A schedule starts all of its runs with one message, whose origin is empty: each run's own id, a UUID, is its origin.
+    """
+    return start if start.origin else replace(start, origin=run_id.replace("-", ""))
+
+
 def hold_payload(hold: Hold, journal: Sequence[Payload]) -> Payload:
     """An activity's result that is not its run's."""
     payload = pack(journal)
@@ -176,6 +190,24 @@ def created_time(payload: Payload) -> Timestamp:
 def nothing_begun() -> Payload:
     """What stands in the place of a journal that there is not yet."""
     return Payload(metadata={"encoding": b"binary/null", NOTHING_BEGUN: b"true"})
+
+
+def is_nothing_begun(payload: Payload) -> bool:
+    """Whether a payload only stands in the place of a journal's."""
+    return NOTHING_BEGUN in payload.metadata
+
+
+def is_cancelling(journal: Sequence[Payload]) -> bool:
+    """Whether a journal, by its header, says that the cancellation was delivered."""
+    return any(CANCELLING in header.metadata for header in journal[:1])
+
+
+def cancel_mark(error_types: Sequence[str] | None) -> str | None:
+    """The reason for which a run was marked as cancelled, from its activity's error types that are not retried."""
+    for error_type in error_types or ():
+        if error_type.startswith(CANCEL_MARK):
+            return error_type.removeprefix(CANCEL_MARK)
+    return None
 
 
 def pack(payloads: Sequence[Payload]) -> Payload:

@@ -19,11 +19,6 @@ from temporalio.exceptions import ActivityError, ApplicationError
 
 from temporal_async_task.engine import wire
 
-# How attempts are repeated is the engine's business: an attempt that ends in order says when the next is due. What is
-# left to this policy is the attempt whose worker was lost: the next one begins after a second, as often as it takes.
-ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coefficient=1.0)
-# The server wants a bound. It is not what notices a dead worker (the heartbeat timeout is).
-NO_LIMIT = timedelta(days=3650)
 _LOOKS = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_interval=timedelta(seconds=2))
 _LOOK_AGAIN = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between two looks at an activity that is to be cancelled; the last for all that follow."""
@@ -103,9 +98,9 @@ class TaskWorkflow:
             args=[RawValue(attempt.to_payload()), params, *map(RawValue, payloads)],
             activity_id=f"{wire.ACTIVITY_ID}{self._activities}",
             result_type=RawValue,
-            start_to_close_timeout=NO_LIMIT,
+            start_to_close_timeout=wire.NO_LIMIT,
             heartbeat_timeout=timedelta(seconds=start.heartbeat_timeout),
-            retry_policy=ATTEMPTS,
+            retry_policy=wire.AFTER_A_LOSS,
             cancellation_type=workflow.ActivityCancellationType.TRY_CANCEL,
         )
         await self._until(lambda: activity.done() or (self._is_cancelled() and not attempt.cancelled))
@@ -190,17 +185,9 @@ def _task_of(args: Sequence[RawValue]) -> tuple[str, wire.TaskInput]:
             non_retryable=True,
         )
     try:
-        return name, own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
+        return name, wire.own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
     except (IndexError, TypeError, ValueError) as error:
         raise ApplicationError(
             f"Task {name!r} was not started by temporal-async-task. Use task.submit().",
             non_retryable=True,
         ) from error
-
-
-def own_input(start: wire.TaskInput, run_id: str) -> wire.TaskInput:
-    """What a run was started with, its origin filled in.
-
-    A schedule starts all of its runs with one message, whose origin is empty: each run's own id, a UUID, is its origin.
-    """
-    return start if start.origin else replace(start, origin=run_id.replace("-", ""))
