@@ -37,7 +37,8 @@ from performance import calls
 from temporal_async_task import TemporalAsyncTask, step
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.activity import AttemptActivity
-from temporal_async_task.engine.loops import DaemonThreads, UserLoops
+from temporal_async_task.engine.loops import UserLoops
+from temporal_async_task.engine.threads import DaemonThreads
 from temporal_async_task.registry import Registry
 
 _STEPS = 5

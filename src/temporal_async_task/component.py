@@ -23,9 +23,10 @@ from temporalio.worker import (
 from temporal_async_task._exit import settle_at_exit
 from temporal_async_task.config import AsyncTaskComponentConfig
 from temporal_async_task.engine.activity import AttemptActivity
-from temporal_async_task.engine.backend import raw_client
-from temporal_async_task.engine.loops import DaemonThreads, UserLoops
+from temporal_async_task.engine.client import raw_client
+from temporal_async_task.engine.loops import UserLoops
 from temporal_async_task.engine.standalone import has_standalone_activities, too_old
+from temporal_async_task.engine.threads import DaemonThreads
 from temporal_async_task.engine.workflow import TaskWorkflow
 from temporal_async_task.errors import ConfigError, NotConnectedError, ServerUnavailableError
 from temporal_async_task.registry import Registry

@@ -23,7 +23,9 @@ from temporalio.common import RawValue
 from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.backend import TaskAddress, WorkflowBackend, translated
+from temporal_async_task.engine.backend import TaskAddress
+from temporal_async_task.engine.client import translated
+from temporal_async_task.engine.workflow_backend import WorkflowBackend
 from temporal_async_task.errors import AsyncTaskError, ConfigError, TaskConflictError, TaskNotFoundError
 from temporal_async_task.steps import check_text, seconds
 

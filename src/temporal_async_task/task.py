@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unp
 from temporalio.common import Priority
 
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.backend import Backend, TaskAddress, WorkflowBackend
+from temporal_async_task.engine.backend import Backend, TaskAddress
 from temporal_async_task.engine.local import run_here
 from temporal_async_task.engine.signatures import names, signature_types
 from temporal_async_task.engine.standalone import StandaloneBackend
+from temporal_async_task.engine.workflow_backend import WorkflowBackend
 from temporal_async_task.errors import (
     ConfigError,
     NotConnectedError,

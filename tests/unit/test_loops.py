@@ -20,7 +20,8 @@ from temporalio.testing import ActivityEnvironment
 
 from support import wait_until
 from temporal_async_task import RetryPolicy, StepFailedError, async_task, step
-from temporal_async_task.engine.loops import STALL, DaemonThreads, UserLoop, UserLoops
+from temporal_async_task.engine.loops import STALL, UserLoop, UserLoops
+from temporal_async_task.engine.threads import DaemonThreads
 from temporal_async_task.engine.unwind import Unwind, prepare, scope
 from temporal_async_task.testing import TaskRun
 

@@ -12,8 +12,9 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.cli.exits import CommandError, ExitStatus
 from temporal_async_task.engine import wire
-from temporal_async_task.engine.backend import QUERIES, raw_client, translated
+from temporal_async_task.engine.client import raw_client, translated
 from temporal_async_task.engine.resume import find_remains
+from temporal_async_task.engine.workflow_backend import QUERIES
 from temporal_async_task.errors import TaskNotFoundError
 from temporal_async_task.task import TemporalAsyncTask
 

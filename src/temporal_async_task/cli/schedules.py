@@ -11,7 +11,7 @@ from temporal_async_task.cli.lookup import known_task, task_name, task_of_app
 from temporal_async_task.cli.output import table
 from temporal_async_task.cli.params import fitted, read_params
 from temporal_async_task.cli.view import local_time
-from temporal_async_task.engine.backend import translated
+from temporal_async_task.engine.client import translated
 from temporal_async_task.errors import TaskNotFoundError
 
 if TYPE_CHECKING:

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from temporalio.client import Client
     from temporalio.converter import DataConverter
 
-    from temporal_async_task.engine.loops import DaemonThreads, UserLoop, UserLoops
+    from temporal_async_task.engine.loops import UserLoop, UserLoops
+    from temporal_async_task.engine.threads import DaemonThreads
     from temporal_async_task.registry import Registry, TaskDefinition
 
 logger = logging.getLogger("temporal_async_task")

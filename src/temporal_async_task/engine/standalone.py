@@ -46,10 +46,10 @@ from temporal_async_task.engine.backend import (
     is_anothers,
     of_type,
     resumed_elsewhere,
-    translated,
     unknown,
     unknown_anywhere,
 )
+from temporal_async_task.engine.client import translated
 from temporal_async_task.engine.describe import completed, failed_activity, running_activity
 from temporal_async_task.engine.journal import ErrorInfo
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT

@@ -19,7 +19,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from temporal_async_task.engine.loops import DaemonThreads
+from temporal_async_task.engine.threads import DaemonThreads
 from temporal_async_task.errors import ConfigError, ReportError, ReportRefusedError, SignatureError
 
 if TYPE_CHECKING:

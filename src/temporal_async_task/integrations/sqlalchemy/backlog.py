@@ -10,7 +10,7 @@ from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.service import RPCError
 
-from temporal_async_task.engine.backend import translated
+from temporal_async_task.engine.client import translated
 
 if TYPE_CHECKING:
     from temporalio.client import Client
