@@ -18,7 +18,7 @@ from temporal_async_task.errors import ResultError, StorageError
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from google.protobuf.timestamp_pb2 import Timestamp
     from temporalio.api.workflow.v1 import PendingActivityInfo, WorkflowExecutionInfo
@@ -49,13 +49,13 @@ async def running(
     """A run that has not ended. ``left`` is its activity's header, if that has ended and the workflow does not know."""
     info = found.workflow_execution_info
     activity = task_activity(found)
-    held = info.memo.fields.get(wire.MEMO_JOURNAL)
+    held = _held(info)
     details = activity.heartbeat_details.payloads[:1] if activity else left or ()
-    journal = await _journal(details or ([held] if held else []), values)
+    journal = await _journal(details or held, values)
     if activity is None:  # the workflow holds the journal, or takes the outcome, or has not begun yet
         status = TaskStatus.PROCESSING if held or left is not None else TaskStatus.PENDING
         due = min((record.due for record in journal if record.due is not None), default=None)
-        return _picture(task_id, status, info, journal, next_retry_at=_of(due), last_error=_last_error(journal))
+        return _picture(task_id, status, info, journal, next_retry_at=_from_epoch(due), last_error=_last_error(journal))
     begun = bool(held) or (activity.attempt > 1 and not any(map(wire.is_nothing_begun, details)))
     lost = await _attempt_lost(activity.last_failure, values)
     return _under_way(
@@ -68,9 +68,9 @@ async def running_activity(
 ) -> TaskResult[Any]:
     """A run that has not ended, carried by a standalone activity."""
     info = found.info
-    held = info.header.fields.get(wire.MEMO_JOURNAL)
+    held = _held(info)
     details = info.heartbeat_details.payloads[:1]
-    journal = await _journal(details or ([held] if held else []), values)
+    journal = await _journal(details or held, values)
     # By its start and not by the number of its attempts, which a reset sets back.
     begun = bool(held) or (info.HasField("last_started_time") and not any(map(wire.is_nothing_begun, details)))
     lost = await _attempt_lost(info.last_failure, values)
@@ -89,7 +89,7 @@ def _under_way(
 ) -> TaskResult[Any]:
     next_retry_at = None
     if waiting and activity.attempt > 1 and activity.HasField("next_attempt_schedule_time"):
-        next_retry_at = _time(activity.next_attempt_schedule_time)
+        next_retry_at = _from_stamp(activity.next_attempt_schedule_time)
     last_error = (waiting and lost) or _last_error(journal) or lost  # an attempt that goes on may have failed at more
     if waiting and not begun:
         return _picture(task_id, TaskStatus.PENDING, info, journal, next_retry_at=next_retry_at, last_error=last_error)
@@ -99,7 +99,7 @@ def _under_way(
         info,
         journal,
         attempt=max(activity.attempt, journal.attempt),
-        started_at=_time(activity.last_started_time) if activity.HasField("last_started_time") else None,
+        started_at=_from_stamp(activity.last_started_time) if activity.HasField("last_started_time") else None,
         next_retry_at=next_retry_at,
         last_error=last_error,
     )
@@ -111,7 +111,7 @@ async def completed(
     """A run that ended with a result."""
     journal = await _journal(header_of(result), values)
     outcome = await result_of(result, values, result_type)
-    return _picture(task_id, TaskStatus.COMPLETED, info, journal, completed_at=_time(info.close_time), **outcome)
+    return _picture(task_id, TaskStatus.COMPLETED, info, journal, completed_at=_from_stamp(info.close_time), **outcome)
 
 
 async def result_of(result: Payload, values: PayloadValues, result_type: Any) -> dict[str, Any]:
@@ -132,8 +132,7 @@ async def failed(
     header = header_in(failure)
     if not header and (activity := task_activity(found)) is not None:  # ended from outside: it is where it was
         header = activity.heartbeat_details.payloads[:1]
-    held = info.memo.fields.get(wire.MEMO_JOURNAL)
-    journal = await _journal(header or ([held] if held else []), values)
+    journal = await _journal(header or _held(info), values)
     return _picture(
         task_id,
         TaskStatus.FAILED,
@@ -141,7 +140,7 @@ async def failed(
         journal,
         error=await values.unseal_text(plain.message),
         error_type=error_type,
-        completed_at=_time(info.close_time),
+        completed_at=_from_stamp(info.close_time),
     )
 
 
@@ -150,8 +149,7 @@ async def failed_activity(
 ) -> TaskResult[Any]:
     """A run that ended without a result, carried by a standalone activity. Its last heartbeat is its journal."""
     info, failure = found.info, found.outcome.failure
-    held = info.header.fields.get(wire.MEMO_JOURNAL)
-    journal = await _journal(info.heartbeat_details.payloads[:1] or ([held] if held else []), values)
+    journal = await _journal(info.heartbeat_details.payloads[:1] or _held(info), values)
     kind = failure.application_failure_info.type
     if info.status == ActivityExecutionStatus.ACTIVITY_EXECUTION_STATUS_TERMINATED:
         message, error_type = failure.message, "TerminatedError"
@@ -168,7 +166,7 @@ async def failed_activity(
         journal,
         error=await values.unseal_text(message),
         error_type=error_type,
-        completed_at=_time(info.close_time),
+        completed_at=_from_stamp(info.close_time),
     )
 
 
@@ -193,6 +191,17 @@ def header_in(failure: Failure) -> Sequence[Payload]:
     return failure.application_failure_info.details.payloads[:1]
 
 
+def _kept(info: _Info) -> Mapping[str, Payload]:
+    """What is kept with a run, beside its activity's heartbeats: in the workflow's memo, or the activity's header."""
+    return info.header.fields if isinstance(info, ActivityExecutionInfo) else info.memo.fields
+
+
+def _held(info: _Info) -> Sequence[Payload]:
+    """The journal's header that is kept with a run, if one is."""
+    held = _kept(info).get(wire.MEMO_JOURNAL)
+    return [] if held is None else [held]
+
+
 async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     """The journal's header; an empty journal where there is none."""
     if not header or wire.is_nothing_begun(header[0]):
@@ -209,7 +218,7 @@ def _picture(task_id: str, status: TaskStatus, info: _Info, journal: Journal, **
     fraction, message = journal.progress or (None, None)
     fields.setdefault("attempt", journal.attempt)
     if journal.started is not None:
-        fields["started_at"] = _of(journal.started)
+        fields["started_at"] = _from_epoch(journal.started)
     return TaskResult(
         task_id=task_id,
         status=status,
@@ -224,11 +233,9 @@ def _picture(task_id: str, status: TaskStatus, info: _Info, journal: Journal, **
 
 
 def _created(info: _Info) -> datetime:
-    if isinstance(info, ActivityExecutionInfo):
-        first, start = info.header.fields.get(wire.MEMO_CREATED), info.schedule_time
-    else:
-        first, start = info.memo.fields.get(wire.MEMO_CREATED), info.start_time
-    return _time(wire.created_time(first) if first else start)
+    first = _kept(info).get(wire.MEMO_CREATED)
+    start = info.schedule_time if isinstance(info, ActivityExecutionInfo) else info.start_time
+    return _from_stamp(wire.created_time(first) if first else start)
 
 
 def _step(record: StepRecord) -> StepStatus:
@@ -236,10 +243,10 @@ def _step(record: StepRecord) -> StepStatus:
         key=record.key,
         state=record.state,
         attempts=record.calls + (record.state is StepState.RUNNING),
-        started_at=_of(record.started),
-        finished_at=_of(record.finished),
+        started_at=_from_epoch(record.started),
+        finished_at=_from_epoch(record.finished),
         last_error=str(record.error) if record.error else None,
-        next_attempt_at=_of(record.due),
+        next_attempt_at=_from_epoch(record.due),
         child_task_id=record.child,
     )
 
@@ -265,9 +272,9 @@ async def _attempt_lost(failure: Failure, values: PayloadValues) -> str | None:
         return "the last attempt was left to another worker"
 
 
-def _time(stamp: Timestamp) -> datetime:
+def _from_stamp(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(UTC)
 
 
-def _of(seconds: float | None) -> datetime | None:
+def _from_epoch(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
