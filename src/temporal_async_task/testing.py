@@ -25,16 +25,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 from temporalio.contrib.pydantic import pydantic_data_converter
 
 from temporal_async_task.engine.body import bind_body
+from temporal_async_task.engine.carrier import RunSettings
 from temporal_async_task.engine.journal import Journal, Snapshot, StepRecord
-from temporal_async_task.engine.outcome import (
-    Cancelled,
-    Completed,
-    Failed,
-    Outcome,
-    Parked,
-    RunSettings,
-    Superseded,
-)
+from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Outcome, Parked, Superseded
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.unwind import prepare
 from temporal_async_task.engine.values import PayloadValues

@@ -22,7 +22,8 @@ from temporal_async_task import (
     step,
     testing,
 )
-from temporal_async_task.engine.outcome import Cancelled, Parked, RunSettings
+from temporal_async_task.engine.carrier import RunSettings
+from temporal_async_task.engine.outcome import Cancelled, Parked
 from temporal_async_task.testing import TaskRun
 
 AWAY = ServerUnavailableError("The Temporal server at localhost:7233 does not answer.")

@@ -27,6 +27,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.body import bind_body
+from temporal_async_task.engine.carrier import RunSettings
 from temporal_async_task.engine.execution import execution_of
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
 from temporal_async_task.engine.mailbox import Mailbox
@@ -37,7 +38,6 @@ from temporal_async_task.engine.outcome import (
     Failed,
     Outcome,
     Parked,
-    RunSettings,
     Superseded,
 )
 from temporal_async_task.engine.runner import Runner
@@ -83,7 +83,7 @@ class AttemptActivity:
         self.threads = threads
         self.loop = asyncio.get_running_loop()
         self.mailbox = Mailbox(self.loop, self.loop.call_soon_threadsafe)
-        self._running: set[_Attempt] = set()
+        self._running: set[_AttemptCarrier] = set()
         self._least_age: float | None = None
         self._draining = False
 
@@ -125,7 +125,7 @@ class AttemptActivity:
     @activity.defn(dynamic=True)
     async def run(self, args: Sequence[RawValue]) -> Any:
         """Run one attempt. Its outcome goes by task token, so there is nothing to return."""
-        attempt = _Attempt(self, activity.info(), args)
+        attempt = _AttemptCarrier(self, activity.info(), args)
         self._running.add(attempt)
         try:
             if self._draining:
@@ -137,7 +137,7 @@ class AttemptActivity:
             self._running.discard(attempt)
         activity.raise_complete_async()
 
-    async def _outlast_core(self, carrying: asyncio.Task[None], attempt: _Attempt) -> None:
+    async def _outlast_core(self, carrying: asyncio.Task[None], attempt: _AttemptCarrier) -> None:
         """Wait for the attempt's end, whatever the SDK's core thinks of this activity meanwhile.
 
         Core sees no heartbeats, so some seconds after the heartbeat timeout it cancels this coroutine. The server has
@@ -156,8 +156,8 @@ class AttemptActivity:
                     attempt.tell(Runner.interrupt)
 
 
-class _Attempt:
-    """One attempt, from the server's offer to its outcome."""
+class _AttemptCarrier:
+    """Carries one attempt, from the server's offer to its outcome."""
 
     def __init__(self, owner: AttemptActivity, info: activity.Info, args: Sequence[RawValue]) -> None:
         self._owner = owner
@@ -425,7 +425,7 @@ class _Attempt:
 
     async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
         """Fail the run for good, and keep its journal: ``resume`` goes on from it."""
-        final = _told(error, error_type)
+        final = _to_application_error(error, error_type)
         encoded = await self._insist_encode(journal)
         kept = self._execution.final_journal(encoded)
         failure = await insist(lambda: self._values.to_failure(final, kept.in_failure), "encode the failure")
@@ -494,7 +494,7 @@ def _pass_on(done: Future[T], task: asyncio.Task[T]) -> None:
         done.set_result(task.result())
 
 
-def _told(error: BaseException, error_type: str, depth: int = 3) -> ApplicationError:
+def _to_application_error(error: BaseException, error_type: str, depth: int = 3) -> ApplicationError:
     """An error as a failure, kept short: what is for the reader's eye must not make the journal too large."""
     told = ApplicationError(ErrorInfo.of(error).message, type=error_type, non_retryable=True)
     trace = error.__traceback__
@@ -503,6 +503,6 @@ def _told(error: BaseException, error_type: str, depth: int = 3) -> ApplicationE
         trace = trace.tb_next if trace else None
     told.__traceback__ = trace
     if error.__cause__ is not None and depth > 0:
-        told.__cause__ = _told(error.__cause__, type(error.__cause__).__name__, depth - 1)
+        told.__cause__ = _to_application_error(error.__cause__, type(error.__cause__).__name__, depth - 1)
     told.__suppress_context__ = True
     return told

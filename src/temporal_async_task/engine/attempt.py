@@ -32,19 +32,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from temporal_async_task.engine.carrier import Carrier, RunSettings, Values
 from temporal_async_task.engine.failures import lost, only_leaf, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
-from temporal_async_task.engine.outcome import (
-    Cancelled,
-    Carrier,
-    Completed,
-    Failed,
-    Outcome,
-    Parked,
-    RunSettings,
-    Superseded,
-    Values,
-)
+from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Outcome, Parked, Superseded
 from temporal_async_task.engine.signatures import is_async
 from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (

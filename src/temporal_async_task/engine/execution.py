@@ -34,7 +34,7 @@ class FinalJournal:
     in_heartbeat: Sequence[Payload] = ()
 
 
-class Execution(Protocol):
+class RunExecution(Protocol):
     """What differs between the two ways in which a run is carried."""
 
     task_id: str
@@ -67,7 +67,7 @@ class Execution(Protocol):
         ...
 
 
-def execution_of(client: Client, info: activity.Info, first: Payload) -> Execution:
+def execution_of(client: Client, info: activity.Info, first: Payload) -> RunExecution:
     """What carries the run of an attempt.
 
     Args:

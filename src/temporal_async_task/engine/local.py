@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from temporalio.contrib.pydantic import pydantic_data_converter
 
 from temporal_async_task.engine.body import bind_body
+from temporal_async_task.engine.carrier import RunSettings
 from temporal_async_task.engine.journal import Journal
-from temporal_async_task.engine.outcome import Completed, Failed, RunSettings
+from temporal_async_task.engine.outcome import Completed, Failed
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.steps import step_var
