@@ -27,7 +27,7 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.carrier import RunSettings
 from temporal_async_task.engine.journal import Journal, Snapshot, StepRecord
-from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Outcome, Parked, Superseded
+from temporal_async_task.engine.outcome import NEVER, Cancelled, Completed, Failed, Outcome, Parked, Superseded
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.unwind import prepare
 from temporal_async_task.engine.values import PayloadValues
@@ -291,7 +291,7 @@ class TaskRun(Generic[R]):
         while self.now() < due and self._cancel_reason == told and not self._events.keys() & set(events):
             self._woken.clear()
             try:
-                async with asyncio.timeout_at(due if due != float("inf") else None):
+                async with asyncio.timeout_at(due if due != NEVER else None):
                     await self._woken.wait()
             except TimeoutError:
                 return

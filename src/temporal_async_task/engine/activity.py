@@ -32,6 +32,7 @@ from temporal_async_task.engine.execution import execution_of
 from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
 from temporal_async_task.engine.mailbox import Mailbox
 from temporal_async_task.engine.outcome import (
+    NEVER,
     UNREADABLE_DELAY,
     Cancelled,
     Completed,
@@ -409,7 +410,7 @@ class _AttemptCarrier:
                 await self._end(RuntimeError(reason), wire.CANCELLED, journal)
             case Parked(due, _, events) if events:
                 names = tuple(map(self._values.event_name, events))
-                hold = wire.Hold(None if due == float("inf") else due, names, self._taken(journal))
+                hold = wire.Hold(None if due == NEVER else due, names, self._taken(journal))
                 await complete(self._client, token, wire.hold_payload(hold, await self._insist_encode(journal)))
             case Parked(due, reason):
                 delay = timedelta(seconds=max(due - self.now(), 0.0))

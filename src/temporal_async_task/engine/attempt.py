@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from temporal_async_task.engine.carrier import Carrier, RunSettings, Values
 from temporal_async_task.engine.failures import lost, only_leaf, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
-from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Outcome, Parked, Superseded
+from temporal_async_task.engine.outcome import NEVER, Cancelled, Completed, Failed, Outcome, Parked, Superseded
 from temporal_async_task.engine.signatures import is_async
 from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
@@ -83,9 +83,6 @@ class Wait:
     due: float
     event: str | None = None
     """The key of an event that would end the wait before."""
-
-
-NEVER = float("inf")
 
 
 class Attempt:

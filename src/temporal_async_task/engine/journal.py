@@ -125,8 +125,9 @@ class StepRecord:
 class Journal:
     """The steps of one run, and what else must outlive an attempt.
 
-    Steps are begun on the users' event loop, and finished and stored on the engine's: what reads or changes which
-    steps there are holds a lock. The fields of one record belong to its step's call.
+    Steps are begun on the users' event loop. They finish there, in the thread of their call or, behind a codec, on the
+    engine's loop, which is where they are stored: what reads or changes which steps there are holds a lock. The fields
+    of one record belong to its step's call.
     """
 
     started: float | None = None

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 UNREADABLE_DELAY = 10.0
 """Seconds before a run that this worker cannot serve is offered again, to another or to the next deploy."""
+NEVER = float("inf")
+"""When something is due that waits however long it takes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from temporal_async_task.engine.attempt import MAX_LOST_ATTEMPTS, NEVER, Attempt, Wait
+from temporal_async_task.engine.attempt import MAX_LOST_ATTEMPTS, Attempt, Wait
 from temporal_async_task.engine.failures import lost, recorded_failure
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
-from temporal_async_task.engine.outcome import UNREADABLE_DELAY
+from temporal_async_task.engine.outcome import NEVER, UNREADABLE_DELAY
 from temporal_async_task.engine.returning import returning_lines
 from temporal_async_task.engine.signatures import is_async, return_type
 from temporal_async_task.engine.unwind import Unwind, doing, scope
