@@ -268,6 +268,7 @@ class TaskRun(Generic[R]):
             local=True,
             attempt=number,
             params=self.params,
+            log_errors=not self._values.encrypts,
         )
         self._runner = _ScriptedRunner(
             settings,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from temporal_async_task import (
     StepUsageError,
     TaskCancelledError,
     TaskTimeoutError,
+    Verdict,
     WorkerLostError,
     async_task,
     current_run,
@@ -39,6 +41,7 @@ from temporal_async_task import (
     step,
     testing,
 )
+from temporal_async_task.encryption import AESGCMCodec, encrypted_data_converter, generate_key
 from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Parked, Superseded
 from temporal_async_task.testing import TaskRun
 
@@ -356,6 +359,77 @@ class TestRetries:
         with pytest.raises(OSError, match="always"):
             run.execute()
         assert len(run.attempts) == 4
+
+
+class TestLog:
+    @pytest.fixture(autouse=True)
+    def log(self, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+        caplog.set_level(logging.INFO, "temporal_async_task")
+        return caplog
+
+    @staticmethod
+    def by_text(error: BaseException) -> Verdict:
+        if "maintenance" in str(error):
+            return Verdict(retry=True, delay=600, reason="the vendor's maintenance")
+        return Verdict(retry=False, reason=f"the vendor's last word: {error}")
+
+    def test_it_tells_of_a_call_that_failed_what_comes_of_it_and_why(self, log: pytest.LogCaptureFixture):
+        @async_task(retry_policy=RetryPolicy(jitter=0, classify=self.by_text))
+        async def task() -> int:
+            return await step("order", one)
+
+        run = TaskRun(task)
+        run.on("order").raises(ValueError("down for maintenance")).raises(ValueError("refused"))
+        with pytest.raises(StepFailedError, match="refused"):
+            run.execute()
+        assert log.messages == [
+            (
+                "Task run test-run: step 'order' failed (ValueError: down for maintenance; the vendor's maintenance), "
+                "to be called again in 600.0 s"
+            ),
+            (
+                "Task run test-run: step 'order' failed (ValueError: refused; the vendor's last word: refused), "
+                "not to be called again"
+            ),
+        ]
+
+    def test_it_tells_of_a_body_that_failed_the_same(self, log: pytest.LogCaptureFixture):
+        @async_task(retry_policy=RetryPolicy(max_retries=1, initial_delay=10, jitter=0))
+        async def task() -> None:
+            raise OSError("down")
+
+        with pytest.raises(OSError, match="down"):
+            TaskRun(task).execute()
+        assert log.messages == [
+            "Task run test-run: task 'task' failed (OSError: down; may be temporary), to be called again in 10.0 s",
+            "Task run test-run: task 'task' failed (OSError: down; out of retries), not to be called again",
+        ]
+
+    def test_it_tells_that_a_call_is_made_at_most_once(self, log: pytest.LogCaptureFixture):
+        @async_task
+        async def task() -> int:
+            return await step.with_options(at_most_once=True)("charge", one)
+
+        run = TaskRun(task)
+        run.on("charge").raises(OSError("down"))
+        with pytest.raises(StepFailedError, match="down"):
+            run.execute()
+        assert log.messages == [
+            "Task run test-run: step 'charge' failed (OSError: down; at most once), not to be called again"
+        ]
+
+    def test_it_does_not_tell_what_errors_and_verdicts_say_where_values_are_encrypted(
+        self, log: pytest.LogCaptureFixture
+    ):
+        @async_task(retry_policy=RetryPolicy(jitter=0, classify=self.by_text))
+        async def task() -> int:
+            return await step("order", one)
+
+        run = TaskRun(task, data_converter=encrypted_data_converter(AESGCMCodec({"key": generate_key()})))
+        run.on("order").raises(ValueError("no credit for Ada"))
+        with pytest.raises(StepFailedError, match="Ada"):
+            run.execute()
+        assert log.messages == ["Task run test-run: step 'order' failed (ValueError), not to be called again"]
 
 
 class TestLostWorkers:

@@ -44,7 +44,7 @@ from temporal_async_task.errors import (
     StepFailedError,
     TaskTimeoutError,
 )
-from temporal_async_task.retry import decide
+from temporal_async_task.retry import RetryDecision, decide
 from temporal_async_task.status import StepState
 from temporal_async_task.steps import RunInfo, StepInfo, runner_var
 
@@ -251,10 +251,20 @@ class Attempt:
         record.failures += 1
         record.error = ErrorInfo.of(error)
         decision = decide(error, self.settings.retry_policy, record.failures)
+        self._log_failure(self._place, record.error, decision)
         if not decision.retry:
             return Failed(error)
         record.due = self._carrier.now() + decision.delay
         return self._parked(record.due, str(record.error))
+
+    def _log_failure(self, place: str, error: ErrorInfo, decision: RetryDecision) -> None:
+        logger.info(
+            "Task run %s: %s failed (%s), %s",
+            self.settings.task_id,
+            place,
+            f"{error}; {decision.reason}" if self.settings.log_errors else error.type,  # a reason may quote the error
+            f"to be called again in {decision.delay:.1f} s" if decision.retry else "not to be called again",
+        )
 
     def is_final(self, error: BaseException) -> bool:
         """Whether the run would end with this error, if the body raised it now."""

@@ -35,7 +35,7 @@ from temporal_async_task.errors import (
     TaskFailedError,
     TaskNotFoundError,
 )
-from temporal_async_task.retry import RetryPolicy, decide
+from temporal_async_task.retry import RetryDecision, RetryPolicy, decide
 from temporal_async_task.status import StepState, TaskResult, TaskStatus
 from temporal_async_task.steps import (
     ChildTask,
@@ -508,17 +508,13 @@ class Runner(Attempt):
         record.failures += 1
         record.error = ErrorInfo.of(error)
         decision = decide(error, policy, record.failures)
-        if not decision.retry or (call.options.at_most_once and not isinstance(error, RetryableError)):
+        if decision.retry and call.options.at_most_once and not isinstance(error, RetryableError):
+            decision = RetryDecision(retry=False, delay=0.0, reason="at most once")
+        self._log_failure(f"step {record.key!r}", record.error, decision)
+        if not decision.retry:
             await self._give_up(record, record.error, error)
         record.state = StepState.RETRYING
         record.due = self._carrier.now() + decision.delay
-        logger.info(
-            "Task run %s: step %r failed (%s), to be called again in %.1f s",
-            self.settings.task_id,
-            record.key,
-            record.error if self.settings.log_errors else record.error.type,
-            decision.delay,
-        )
         if self._active > 1:  # else the attempt ends with it, and carries the journal
             self._note(after=0.0)
 
