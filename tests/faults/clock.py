@@ -14,6 +14,11 @@ LIBRARIES = [
 """Of the Debian package `libfaketime`."""
 
 
+def means() -> str:
+    """What makes the clock wrong."""
+    return "libfaketime" if any(path.exists() for path in LIBRARIES) else "a patch of Python"
+
+
 def set_clock_off(seconds: float, program: Path) -> None:
     """Let this process' clock be wrong from now on.
 

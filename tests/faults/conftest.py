@@ -6,7 +6,7 @@ environment and not options, which pytest would know only where this directory i
 
 FAULTS_SCALE    ``short`` (the default) or ``full``
 FAULTS_SEED     of every random moment; the default is another one each time
-FAULTS_MINUTES  how long the load goes on at full scale
+FAULTS_MINUTES  the load at full scale: a thousand tasks for each
 FAULTS_CASES    numbers or names of cases, between spaces; the default is all
 """
 
@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import pytest
 from temporalio.api.enums.v1 import TaskQueueType
@@ -27,11 +27,15 @@ from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 
 from faults.vendor import Vendor
 from support import App, WorkerProcess, wait_until
-from temporal_async_task import TemporalAsyncTask
+from temporal_async_task import ServerUnavailableError, TemporalAsyncTask
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.task import Execution
 
 T = TypeVar("T")
 
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+PATIENCE = 180.0
+"""Seconds to wait for what takes some seconds, if the machine has time for it: Python starts, a worker polls."""
 COUNTS = "counts"
 CASE = "case"
 
@@ -127,6 +131,16 @@ async def own_server(tmp_path: Path) -> AsyncIterator[DevServer]:
         yield server
 
 
+async def bring_back(server: DevServer) -> None:
+    """Start a server that was killed. On a busy machine it may take more than the half minute that it is given."""
+    for _ in range(3):
+        try:
+            return await server.start()
+        except ServerUnavailableError as error:
+            last = error
+    raise last
+
+
 @pytest.fixture
 async def vendor(tmp_path: Path) -> AsyncIterator[Vendor]:
     """The API that the worker processes call: the judge."""
@@ -147,7 +161,7 @@ async def polls(app: App, task: TemporalAsyncTask[Any, Any], worker: WorkerProce
         pollers = (await client.workflow_service.describe_task_queue(request)).pollers
         return any(poller.identity.startswith(f"{worker.pid}@") for poller in pollers)
 
-    await wait_until(is_there, timeout=60, interval=0.1)
+    await wait_until(is_there, timeout=PATIENCE, interval=0.1)
 
 
 class StartWorker(Protocol):

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from faults.conftest import Report, Scale, StartWorker
+from faults.conftest import PATIENCE, Report, Scale, StartWorker, bring_back
 from faults.vendor import Call, Vendor, expected, order
-from support import App, ended, status_when, work
+from support import App, ended, on_both, status_when, work
 from temporal_async_task import (
     RetryPolicy,
     ServerUnavailableError,
@@ -24,9 +24,13 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.task import Execution
 
 pytestmark = pytest.mark.case(12, "cancel")
-PLACES = ("step", "backoff", "sleep", "event", "end")
+PLACES: dict[Execution, tuple[str, ...]] = {
+    "workflow": ("step", "backoff", "sleep", "event", "end"),
+    "activity": ("step", "backoff", "sleep", "end"),
+}
 Cancellable = TemporalAsyncTask[str, list[str]]
 LENGTH = 2.5
 """Seconds that a run takes if it is not cancelled, or somewhat more."""
@@ -77,12 +81,12 @@ async def cancellable(place: str) -> list[str]:
 
 def cancellable_task() -> Cancellable:
     retries = RetryPolicy(max_retries=3, initial_delay=1.5, max_delay=1.5, jitter=0)
-    return TemporalAsyncTask("cancellable", cancellable, heartbeat_timeout=3, retry_policy=retries)
+    return TemporalAsyncTask("cancellable", cancellable, heartbeat_timeout=6, retry_policy=retries)
 
 
 async def insist_on_cancel(task: Cancellable, task_id: str) -> int:
     """Cancel as an application would, which asks again if the server did not answer. Returns how often it asked."""
-    for number in range(1, 20):
+    for number in range(1, 100):
         try:
             await task.cancel(task_id, "the customer left")
         except ServerUnavailableError:
@@ -112,6 +116,7 @@ def judge(run: TaskResult[list[str]], calls: list[Call], *, outage: bool) -> str
     return run.status
 
 
+@on_both
 async def test_a_run_that_is_cancelled_at_a_random_moment_is_either_completed_or_cancelled_and_cleaned_up(
     app: App, vendor: Vendor, start_worker: StartWorker, scale: Scale, chance: random.Random, report: Report
 ):
@@ -129,13 +134,13 @@ async def test_a_run_that_is_cancelled_at_a_random_moment_is_either_completed_or
         if again is not None:
             await asyncio.sleep(again)
             await insist_on_cancel(task, task_id)
-        run = await status_when(task, task_id, ended, timeout=60)
+        run = await status_when(task, task_id, ended, timeout=PATIENCE)
         outcomes[judge(run, vendor.calls(task_id), outage=False)] += 1
 
-    await task.run("end", timeout=60)  # the workers are up
+    await task.run("end", timeout=PATIENCE)  # the workers are up
     for _ in range(scale.pick(1, 10)):
         batch = []
-        for place in PLACES * scale.pick(4, 8):
+        for place in PLACES[app.execution] * scale.pick(4, 8):
             again = chance.uniform(0, 0.5) if chance.random() < 0.5 else None
             twice += again is not None
             moment = chance.uniform(0, 0.6) if place == "end" else chance.uniform(0, LENGTH)
@@ -148,6 +153,7 @@ async def test_a_run_that_is_cancelled_at_a_random_moment_is_either_completed_or
     assert outcomes["failed"] > 0, "all were cancelled too late"
 
 
+@on_both
 async def test_a_cancellation_around_an_outage_of_the_server_is_kept(
     own_server: DevServer,
     vendor: Vendor,
@@ -155,13 +161,14 @@ async def test_a_cancellation_around_an_outage_of_the_server_is_kept(
     scale: Scale,
     chance: random.Random,
     report: Report,
+    execution: Execution,
 ):
     """The server is killed at a random moment around the cancellation, and comes back two seconds later."""
-    app = App(own_server.address, "outage")
+    app = App(own_server.address, "outage", execution)
     task = cancellable_task()
     await app.connect(task)
     start_worker(__file__, app)
-    await task.run("end", timeout=60)
+    await task.run("end", timeout=PATIENCE)
     outcomes: Counter[str] = Counter()
     asked: dict[str, int] = defaultdict(int)
 
@@ -175,17 +182,17 @@ async def test_a_cancellation_around_an_outage_of_the_server_is_kept(
     async def told_at_last(task_id: str) -> TaskResult[list[str]]:
         while True:
             with contextlib.suppress(ServerUnavailableError):
-                return await status_when(task, task_id, ended, timeout=60)
+                return await status_when(task, task_id, ended, timeout=PATIENCE)
 
     async def outage(moment: float) -> None:
         await asyncio.sleep(moment)
         own_server.kill()
         await asyncio.sleep(2)
-        await own_server.start()
+        await bring_back(own_server)
 
     rounds = scale.pick(1, 8)
     for _ in range(rounds):
-        runs = [one(place, chance.uniform(0.5, 1.5)) for place in PLACES * 2]
+        runs = [one(place, chance.uniform(0.5, 1.5)) for place in PLACES[execution] * 2]
         await asyncio.gather(outage(chance.uniform(0.7, 1.7)), *runs)
     report(
         outages=rounds, runs=outcomes.total(), completed=outcomes["completed"], cancelled=outcomes["failed"],

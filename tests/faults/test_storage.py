@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from temporalio.api.common.v1 import Payload, WorkflowExecution
-from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
+from temporalio.api.workflowservice.v1 import DescribeActivityExecutionRequest, DescribeWorkflowExecutionRequest
+from temporalio.client import Client
 from temporalio.contrib.aws.s3driver import S3StorageDriver, S3StorageDriverClient
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import (
@@ -21,7 +22,7 @@ from temporalio.converter import (
     StorageDriverRetrieveContext,
 )
 
-from support import AT_ONCE, BY_TIMER, NEVER_AGAIN, App, backs_off, ended, status_when, wait_until
+from support import AT_ONCE, BY_TIMER, NEVER_AGAIN, App, backs_off, ended, on_both, status_when, wait_until
 from temporal_async_task import (
     ResultError,
     StorageError,
@@ -35,6 +36,7 @@ from temporal_async_task import (
 from temporal_async_task.encryption import AESGCMCodec, encrypted_data_converter, generate_key
 from temporal_async_task.engine import runner
 from temporal_async_task.storage import FolderStorageDriver
+from temporal_async_task.task import Execution
 
 pytestmark = pytest.mark.case(17, "storage")
 
@@ -104,7 +106,19 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-async def bytes_on_the_server(client: Any, task_id: str) -> int:
+async def bytes_on_the_server(client: Client, task_id: str, execution: Execution) -> int:
+    if execution == "activity":
+        found = await client.workflow_service.describe_activity_execution(
+            DescribeActivityExecutionRequest(
+                namespace=client.namespace,
+                activity_id=task_id,
+                include_input=True,
+                include_outcome=True,
+                include_heartbeat_details=True,
+                include_last_failure=True,
+            )
+        )
+        return len(found.SerializeToString())
     request = DescribeWorkflowExecutionRequest(
         namespace=client.namespace, execution=WorkflowExecution(workflow_id=task_id)
     )
@@ -114,6 +128,7 @@ async def bytes_on_the_server(client: Any, task_id: str) -> int:
     return size
 
 
+@on_both
 @pytest.mark.parametrize("encrypted", [False, True], ids=["in clear", "encrypted"])
 async def test_20_mb_go_through_checkpoint_backoff_failure_and_resume_and_no_status_fetches_them(
     app: App, tmp_path: Path, encrypted: bool
@@ -163,7 +178,7 @@ async def test_20_mb_go_through_checkpoint_backoff_failure_and_resume_and_no_sta
     assert fetching.fetched == 2  # once for each of the later attempts
     assert web.fetched == stored.fetched == 0
     assert files(tmp_path) == [file]
-    assert await bytes_on_the_server(component.client, task_id) < 20_000
+    assert await bytes_on_the_server(component.client, task_id, app.execution) < 20_000
 
 
 async def test_params_results_and_events_over_the_limit_go_through_storage_too(app: App, tmp_path: Path):
@@ -182,7 +197,7 @@ async def test_params_results_and_events_over_the_limit_go_through_storage_too(a
     result = await shoot.result(task_id, timeout=40)
     assert result == {"prompt": large, "event": "z" * MB, "parts": ["y" * 3 * MB] * 3}
     assert (await shoot.get_status(task_id)).result == result
-    assert await bytes_on_the_server(component.client, task_id) < 60_000
+    assert await bytes_on_the_server(component.client, task_id, app.execution) < 60_000
     assert len(files(tmp_path)) == 4  # the parts are the same, and stored once
 
 

@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,7 +41,7 @@ class Vendor:
 
     def __init__(self, log: Path) -> None:
         self._log = CallLog(log)
-        self._numbers = 0
+        self._calls: dict[int, Call] = {}
         self._closed: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._held: set[str] = set()
         self.url = ""
@@ -73,47 +73,34 @@ class Vendor:
 
     async def _answer(self, request: web.Request) -> web.Response:
         asked = await request.json()
-        self._numbers += 1
-        number = self._numbers
+        number = len(self._calls) + 1
         key, task_id = asked["key"], asked["task_id"]
-        idempotency_key = request.headers["Idempotency-Key"]
-        self._log.note("begun", number, time.time(), task_id, key, idempotency_key, asked["pid"])
+        call = Call(number, time.time(), task_id, key, request.headers["Idempotency-Key"], asked["pid"])
+        self._calls[number] = call
+        self._log.note("begun", *astuple(call)[:-1])
         if key in self._held:
             await self._closed[key].wait()
         elif asked["seconds"]:
             await asyncio.sleep(asked["seconds"])
-        self._log.note("answered", number, time.time())
+        self._calls[number] = replace(call, answered=time.time())
+        self._log.note("answered", number, self._calls[number].answered)
         return web.json_response(f"{task_id}/{key}")
 
     def calls(self, task_id: str | None = None, key: str | None = None) -> list[Call]:
         """All calls so far, in the order in which they came."""
-        found: dict[int, dict[str, Any]] = {}
-        for what, number, at, *rest in self._log.lines():
-            if what == "begun":
-                of, named, idempotency_key, pid = rest
-                found[int(number)] = {
-                    "number": int(number),
-                    "begun": float(at),
-                    "task_id": of,
-                    "key": named,
-                    "idempotency_key": idempotency_key,
-                    "pid": int(pid),
-                }
-            else:
-                found[int(number)]["answered"] = float(at)
-        calls = [Call(**call) for call in found.values()]
+        calls = self._calls.values()
         return [call for call in calls if task_id in (None, call.task_id) and key in (None, call.key)]
 
     def count(self, task_id: str) -> dict[str, int]:
         """How often each step of a run was called."""
         return dict(Counter(call.key for call in self.calls(task_id)))
 
-    async def called(self, task_id: str, key: str, times: int = 1, timeout: float = 30.0) -> Call:
+    async def called(self, task_id: str, key: str, times: int = 1, timeout: float = 180.0) -> Call:
         """Wait for a run's call of a key, and return it."""
         await wait_until(lambda: len(self.calls(task_id, key)) >= times, timeout=timeout)
         return self.calls(task_id, key)[times - 1]
 
-    async def answered(self, call: Call, timeout: float = 10.0) -> float:
+    async def answered(self, call: Call, timeout: float = 60.0) -> float:
         """Wait until a call was answered, and return when."""
 
         def when() -> float | None:
