@@ -219,27 +219,31 @@ def waits(run: TaskResult[Any]) -> bool:
     return any(one.state is StepState.WAITING for one in run.steps) or backs_off(run)
 
 
+PATIENCE = 60.0
+"""Seconds: all the ways to end are gone at the same time, perhaps on a busy machine."""
+
+
 async def brought_to(ending: Ending, task: Task, vendor: Vendor) -> str:
     """The id of a run that has got to the place where it ends."""
     task_id = await task.submit("a cup")
     if ending.by is not by_itself:
         if ending.place is in_a_running_step:
-            await wait_until(lambda: "work" in vendor.calls)
+            await wait_until(lambda: "work" in vendor.calls, timeout=PATIENCE)
         else:
-            await status_when(task, task_id, waits)
+            await status_when(task, task_id, waits, timeout=PATIENCE)
     return task_id
 
 
 async def ended_and_resumed(ending: Ending, task: Task, vendor: Vendor, client: Client) -> Story:
     task_id = await brought_to(ending, task, vendor)
     await ending.by(task, Operator(client, ending.execution, task_id), task_id)
-    failed = await status_when(task, task_id, ended, timeout=20)
+    failed = await status_when(task, task_id, ended, timeout=PATIENCE)
     calls_before = list(vendor.calls)
     vendor.is_broken = False
     resumed_as = await task.resume(task_id)
     if ending.place is in_a_wait_for:
         await task.send(task_id, "work", "work")
-    completed = await status_when(task, task_id, ended, timeout=20)
+    completed = await status_when(task, task_id, ended, timeout=PATIENCE)
     return Story(vendor, failed, resumed_as, completed, calls_before)
 
 
