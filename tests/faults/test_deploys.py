@@ -89,8 +89,8 @@ async def test_runs_in_flight_finish_while_workers_of_both_versions_are_at_work(
     ended_by = Counter(run.result["version"] for run in finished if run.result)
     mixed = sum(len(by) == 2 for by in seen.values())
     report(
-        runs=len(runs), in_flight_at_each_deploy=in_flight, of_these_begun=f">= {least_begun}", deploys=swaps, by_both_versions=mixed,
-        ended_by_old=ended_by["old"], ended_by_new=ended_by["new"], calls=made.total(),
+        runs=len(runs), in_flight_at_each_deploy=in_flight, of_these_begun=f">= {least_begun}", deploys=swaps,
+        by_both_versions=mixed, ended_by_old=ended_by["old"], ended_by_new=ended_by["new"], calls=made.total(),
         made_again=made.total() - len(made),
     )  # fmt: skip
     for run in finished:
