@@ -1,8 +1,8 @@
 """How the fault suite is scaled, what its tests are given, and the table that it ends with.
 
 Each test belongs to a case (``pytest.mark.case(number, name)``), draws its moments from ``chance``, and tells what it
-has counted to ``report``. ``scripts/faults`` runs all cases at full scale; in ``scripts/test --all`` they are short. The
-environment and not options, which pytest would know only where this directory is named:
+has counted to ``report``. ``scripts/faults`` runs all cases at full scale; in ``scripts/test --all`` they are short.
+The environment and not options, which pytest would know only where this directory is named:
 
 FAULTS_SCALE    ``short`` (the default) or ``full``
 FAULTS_SEED     of every random moment; the default is another one each time
