@@ -51,7 +51,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 TIME_LIMIT = 60.0
 
 _MARKER = re.compile(
-    r"<!-- (?:test: (?P<kind>memory|server|worker)(?: as (?P<name>\S+))?|file: (?P<file>\S+)"
+    r"<!-- (?:test: (?P<kind>memory|server|worker)(?: as (?P<name>\S+))?(?P<logs>, logs an error)?|file: (?P<file>\S+)"
     r"|no test: (?P<why>.+)|(?P<output>output)) -->"
 )
 _LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s]+)\)")
@@ -68,6 +68,8 @@ class Block:
     kind: str
     """``memory``, ``server``, ``worker``, ``file``, ``output``, ``fragment``; empty without a comment."""
     name: str
+    logs: bool
+    """Whether it logs an error: a run fails in it."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -91,11 +93,12 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 def _block(page: Path, line: int, language: str, lines: list[str], comment: str) -> Block:
     said = _MARKER.fullmatch(comment)
-    kind, name = "", ""
+    kind, name, logs = "", "", False
     if said is not None:
         kind = said["kind"] or said["output"] or ("file" if said["file"] else "fragment")
         name = said["name"] or said["file"] or f"example_{line}.py"
-    return Block(page, line, language, "\n".join(lines) + "\n", kind, name)
+        logs = said["logs"] is not None
+    return Block(page, line, language, "\n".join(lines) + "\n", kind, name, logs)
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -148,7 +151,9 @@ def run(block: Block, folder: Path, **env: str) -> None:
     ran = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
     )
-    assert (ran.returncode, ran.stderr) == (0, ""), f"{block}:\n{ran.stdout}{ran.stderr}"
+    assert ran.returncode == 0, f"{block}:\n{ran.stdout}{ran.stderr}"
+    assert bool(ran.stderr) == block.logs, f"{block}:\n{ran.stderr}"
+    assert ran.stderr.startswith("Task run ") == block.logs, f"{block}:\n{ran.stderr}"
     wanted = expected_output(block)
     if wanted is not None:
         same = doctest.OutputChecker().check_output(wanted, ran.stdout, doctest.ELLIPSIS)

@@ -27,6 +27,7 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.engine.standalone import StandaloneBackend
 
 
 async def echo(text: str) -> str:
@@ -44,6 +45,53 @@ async def server_without(feature: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(devserver, "_find_binary", lambda: str(binary))
     async with DevServer() as server:
         yield server
+
+
+@on_an_activity
+async def test_a_run_that_begins_while_it_is_cancelled_is_cleaned_up(app: App, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+
+    async def work() -> None:
+        calls.append("work")
+        raise ConnectionError("the vendor is down")
+
+    async def release() -> None:
+        calls.append("release")
+
+    @async_task(retry_policy=FOR_AN_HOUR)
+    async def order() -> None:
+        try:
+            await step("work", work)
+        except asyncio.CancelledError:
+            await step("release", release)
+            raise
+
+    await app.connect(order)
+    task_id = await order.submit()
+    ask = StandaloneBackend._found
+
+    async def ask_and_be_slow(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(StandaloneBackend, "_found", ask)
+        found = await ask(*args, **options)
+        await app.start(order)
+        await status_when(order, task_id, backs_off)
+        return found
+
+    monkeypatch.setattr(StandaloneBackend, "_found", ask_and_be_slow)
+    await order.cancel(task_id, "the customer left")
+    with pytest.raises(TaskCancelledError, match="the customer left"):
+        await order.result(task_id, timeout=20)
+    assert calls == ["work", "release"]
+
+
+@on_an_activity
+async def test_a_run_that_has_not_begun_is_cancelled_with_no_worker_up(app: App):
+    task = TemporalAsyncTask("echo", echo)
+    await app.connect(task)
+    task_id = await task.submit("cup")
+    await task.cancel(task_id, "the customer left")
+    run = await status_when(task, task_id, ended)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "the customer left")
 
 
 # What it cannot do ------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from temporal_async_task.status import StepState
 from temporal_async_task.steps import RunInfo, StepInfo, runner_var
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
     from concurrent.futures import Executor, Future
 
     from temporal_async_task.steps import StepRunner
@@ -357,9 +357,11 @@ class Attempt:
 
     def _more_to_cancel(self) -> bool:
         """Whether the body has not come yet to all steps in which a cancellation from before is to be raised."""
-        is_open = {StepState.RUNNING, StepState.RETRYING, StepState.WAITING}
-        begun = (record.key for record in self.journal if record.is_begun and record.state in is_open)
-        return not self._asked.issuperset(self.journal.cancelled_at or begun)
+        keys: Iterable[str] | None = self.journal.cancelled_at
+        if keys is None:
+            is_open = {StepState.RUNNING, StepState.RETRYING, StepState.WAITING}
+            keys = (record.key for record in self.journal if record.is_begun and record.state in is_open)
+        return not self._asked.issuperset(keys)
 
     # Asyncio tasks that belong to the attempt (unwind.TaskScope)
 
@@ -414,7 +416,7 @@ class Attempt:
 
     async def _refuse_cancelled_at(self, key: str) -> None:
         """Raise a cancellation in the step in which an earlier attempt has raised it, though it may have finished."""
-        if key in self.journal.cancelled_at:
+        if key in (self.journal.cancelled_at or ()):
             await self._refuse_cancelled()
 
     async def _refuse_cancelled(self) -> None:

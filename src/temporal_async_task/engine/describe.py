@@ -214,7 +214,9 @@ def _picture(task_id: str, status: TaskStatus, info: _Info, journal: Journal, **
     begun = [record for record in journal if record.is_begun]
     records = sorted(begun, key=lambda record: (record.started is None, record.started or 0.0))
     unfinished = [record for record in records if record.finished is None]
-    unfinished.sort(key=lambda record: (record.key in journal.cancelled_at, record.state is not StepState.RUNNING))
+    unfinished.sort(
+        key=lambda record: (record.key in (journal.cancelled_at or ()), record.state is not StepState.RUNNING)
+    )
     fraction, message = journal.progress or (None, None)
     fields.setdefault("attempt", journal.attempt)
     if journal.started is not None:

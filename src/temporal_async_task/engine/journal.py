@@ -142,8 +142,8 @@ class Journal:
     max_bytes: int = MAX_BYTES
     cancel_reason: str | None = None
     """Set once a cancellation was delivered."""
-    cancelled_at: tuple[str, ...] = ()
-    """The keys of the steps that it was raised in, so that a later attempt raises it there."""
+    cancelled_at: tuple[str, ...] | None = None
+    """The keys of the steps that it was raised in, once it was: so that a later attempt raises it there."""
     _done: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
     _open: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])
     _done_header: list[str] = field(default_factory=list[str])
@@ -330,7 +330,8 @@ class Journal:
         journal.attempt, journal.earlier = fields.get("attempt") or 0, fields.get("earlier") or 0
         journal.progress = tuple(fields["progress"]) if fields.get("progress") else None
         journal.cancel_reason = fields.get("cancel")
-        journal.cancelled_at = tuple(fields.get("cancelled_at") or ())
+        cancelled_at = fields.get("cancelled_at")
+        journal.cancelled_at = None if cancelled_at is None else tuple(cancelled_at)
         for step in fields["done"]:
             journal._index(StepRecord.from_json(step))
         for step in fields["open"]:

@@ -244,14 +244,18 @@ class StandaloneBackend(Backend):
         """Ask for a run's cancellation; nothing happens to one that has ended.
 
         The run is marked, so that whatever attempt comes next is cancelled, and then its activity is reset: an attempt
-        that goes on hears of it with its next heartbeat and looks for the mark; else the next one begins at once. A
-        caller that dies in between has left the mark; another call does what is missing.
+        that goes on hears of it with its next heartbeat and looks for the mark; else the next one begins at once. If
+        none has begun, the server cancels the activity. A caller that dies in between has left the mark; another call
+        does what is missing.
         """
         found = await self._found(task, task_id, journal=True)
         if found.info.status not in _GOES_ON or _is_told(found.info):
             return
         text = await self._values(task_id).seal_text(ErrorInfo.named("", reason).message)
-        if _is_begun(found.info) and await self._mark(task, task_id, found, text):
+        # An attempt may have begun since it was asked, without having seen the mark; the next one will see it.
+        if await self._mark(task, task_id, found, text) and (
+            _is_begun(found.info) or _is_begun((await self._found(task, task_id, journal=True)).info)
+        ):
             await self._command(
                 self._service.reset_activity_execution,
                 ResetActivityExecutionRequest(
