@@ -42,6 +42,7 @@ from temporal_async_task import (
     testing,
 )
 from temporal_async_task.encryption import AESGCMCodec, encrypted_data_converter, generate_key
+from temporal_async_task.engine.attempt import Attempt
 from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Parked, Superseded
 from temporal_async_task.testing import TaskRun
 
@@ -880,6 +881,32 @@ class TestCancellation:
         with pytest.raises(TaskCancelledError):
             run.execute()
         assert [call.key for call in run.calls] == ["render", "release", "notify", "notify"]
+
+    def test_a_cancellation_that_comes_just_before_the_body_begins_does_not_keep_it_from_its_cleanup(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
+        @async_task(retry_policy=STEADY)
+        async def task() -> None:
+            try:
+                await step("a", one)
+                await step("b", two)
+            except asyncio.CancelledError:
+                await step("cleanup", three)
+                raise
+
+        run_body = Attempt._run_body
+
+        async def run_body_cancelled(self: Attempt, body: Any) -> Any:
+            if self.settings.attempt == 2:
+                asyncio.get_running_loop().call_soon(self.cancel, "enough")
+            return await run_body(self, body)
+
+        monkeypatch.setattr(Attempt, "_run_body", run_body_cancelled)
+        run = TaskRun(task)
+        run.on("b").raises(OSError("down"))
+        with pytest.raises(TaskCancelledError, match="enough"):
+            run.execute()
+        assert [call.key for call in run.calls] == ["a", "b", "cleanup"]
 
     def test_gathered_steps_are_all_cancelled(self):
         @async_task

@@ -305,7 +305,12 @@ class Attempt:
             return
         self._cancelled = True
         self.journal.cancel_reason = reason
-        if self._body is not None and not self._body.done():  # else it is raised in the first unfinished step
+        # A turn of the loop later: a body that was about to begin has begun by then, and can clean up.
+        self._loop.call_soon(self._cancel_body)
+
+    def _cancel_body(self) -> None:
+        # Without a body, or from a step that came before this, it is raised in the first unfinished step.
+        if not self._cancel_delivered and self._body is not None and not self._body.done():
             self._deliver_cancel(self._body)
 
     def drain(self) -> None:
