@@ -145,6 +145,19 @@ class TestCancelling:
         assert all(attempt.ended - attempt.began < 2 for attempt in run.attempts)
         assert isinstance(run.attempts[-1].outcome, Cancelled)
 
+    def test_so_is_each_of_several(self, film: Film):
+        @async_task
+        async def parent() -> list[str]:
+            try:
+                return await asyncio.gather(*(step(name, film.run, name) for name in "abc"))
+            except asyncio.CancelledError:
+                await step("release", release)
+                raise
+
+        film.on_cancel = [fails] * 8
+        self.cancelled(TaskRun(parent))
+        assert [child.error_type for child in film.runs.values()] == ["TaskCancelledError"] * 3
+
     def test_a_call_that_hangs_is_left_and_made_again(self, film: Film):
         async def hangs() -> None:
             await asyncio.sleep(1_000)
