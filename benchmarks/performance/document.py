@@ -96,7 +96,7 @@ def _note(results: Results) -> str:
             f"**The machine was busy with other work** (load {results.machine['load_before']} before it began, on "
             f"{results.machine['cores']} cores): the figures are worse than they would be, and noisy."
         )
-    return "\n\n".join(notes) + "\n" if notes else "A full run, on a machine that did nothing else.\n"
+    return "\n\n".join(notes) + "\n" if notes else "A full run, before which the machine did nothing else.\n"
 
 
 def _durability(results: Results) -> str:

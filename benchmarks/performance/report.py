@@ -91,16 +91,17 @@ LIMITS = (
 
 
 def targets(results: Results) -> list[list[str]]:
-    """What was aimed at, and what came of it."""
-    table = [["", "aimed at", "measured"]]
+    """What was aimed at, what came of it, and what comes of the same writes without this library."""
+    table = [["", "aimed at", "measured", "the floor"]]
     for title, key, variant, wanted in TARGETS:
         if (found := ratio(results, FIGURES[key], variant)) is not None:
-            table.append([title, f"at least {wanted:.1f} x", times(found)])
+            floor = ratio(results, FIGURES[key], f"floor-{variant}")
+            table.append([title, f"at least {wanted:.1f} x", times(found), times(floor)])
     for title, key, variant, limit, unit in LIMITS:
         if (summary := results.summary(key, variant)) is not None:
             measured = f"{cell(summary)} {unit}"
             # Of a task that has ended nothing is left: what it seems to take is what this can tell.
             if key.startswith("memory") and (ended := results.summary("memory-ended", variant)) is not None:
                 measured += f"; of a task that has ended {cell(ended)} {unit}"
-            table.append([title, f"at most {limit:g} {unit}", measured])
+            table.append([title, f"at most {limit:g} {unit}", measured, ""])
     return table
