@@ -392,8 +392,9 @@ async def test_a_history_replays_whether_or_not_its_workers_told_which_events_th
     client = (await app.start(ask)).client
     task_id = await ask.submit()
     await status_when(ask, task_id, is_held)
-    for key in ("two", "one"):
-        await ask.send(task_id, key, f"event {key}")
+    await ask.send(task_id, "two", "event two")
+    await status_when(ask, task_id, lambda run: "two" in run.completed_steps)
+    await ask.send(task_id, "one", "event one")
     await ask.result(task_id, timeout=10)
     history = await client.get_workflow_handle(task_id).fetch_history()
     replayer = Replayer(workflows=[TaskWorkflow], data_converter=wire.RAW)
