@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import sqlite3
 import time
@@ -15,7 +16,7 @@ from sqlalchemy.pool import NullPool
 from temporal_async_task.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from sqlalchemy.orm import Session
 
@@ -58,9 +59,12 @@ class Database:
 
     async def _run_once(self, work: Callable[[Session], T]) -> T:
         if self.is_async:
-            async with self._sessions.begin() as session:
-                return cast("T", await session.run_sync(work))
+            return await _to_its_end(self._run_async(work))
         return await asyncio.to_thread(self._run, work)
+
+    async def _run_async(self, work: Callable[[Session], T]) -> T:
+        async with self._sessions.begin() as session:
+            return cast("T", await session.run_sync(work))
 
     async def _read_once(self, work: Callable[[Session], T]) -> T:
         if self.is_async:
@@ -88,6 +92,16 @@ class Database:
                 "A worker runs tasks on event loops of its own, and the connections of an asyncio pool belong to one "
                 "loop. Give it a sessionmaker (sync), or an async engine made with poolclass=NullPool."
             )
+
+
+async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:
+    """Await a transaction that is not cancelled on its way: what it holds in the database might stay held."""
+    task = asyncio.get_running_loop().create_task(transaction, context=contextvars.Context())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
 
 
 async def _tried(transaction: Callable[[], Awaitable[T]]) -> T:
