@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sqlalchemy import event, select, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 import ark  # noqa: F401 - makes the example importable
 from nanobanana2_image.entities import create_engine
@@ -187,6 +189,29 @@ async def test_a_lock_that_is_never_to_be_had_is_told_after_some_tries(
         assert len(place.errors) == 5
         other.execute("ROLLBACK")
         assert await place.told() == []
+
+
+async def test_a_transaction_whose_caller_is_cancelled_goes_to_its_end_and_leaves_no_lock(file: Path, tmp_path: Path):
+    """In the caller's context, by which an application may choose its database."""
+    tenant = ContextVar("tenant", default="")
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    def write(session: Any) -> None:
+        session.execute(update(Call).values(prompt=tenant.get()))
+        begun.set()
+        await_only(gate.wait())
+
+    async with opened(sqlite_engine(file), tmp_path) as place:
+        tenant.set("shop")
+        call = asyncio.create_task(Database(place.sessions).run(write))
+        await begun.wait()
+        call.cancel()
+        asyncio.get_running_loop().call_later(0.1, gate.set)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        async with place.sessions.begin() as session:
+            assert set(await session.scalars(select(Call.prompt))) == {"shop"}
+            await session.execute(update(Call).values(prompt="by the next"))
 
 
 async def test_what_is_wrong_with_a_statement_is_told_at_once(file: Path, tmp_path: Path):

@@ -37,7 +37,7 @@ from temporal_async_task.engine.failures import lost, only_leaf, recorded_failur
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
 from temporal_async_task.engine.outcome import NEVER, Cancelled, Completed, Failed, Outcome, Parked, Superseded
 from temporal_async_task.engine.signatures import is_async
-from temporal_async_task.engine.unwind import Unwind, doing, scope
+from temporal_async_task.engine.unwind import Unwind, apart, doing, scope
 from temporal_async_task.errors import (
     PayloadTooLargeError,
     ResultError,
@@ -456,9 +456,7 @@ class Attempt:
 
     def _engine_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task of the engine's own: it is not the body's, and is not unwound with it."""
-        context = contextvars.copy_context()
-        context.run(scope.set, None)
-        return self._loop.create_task(work, context=context)
+        return self._loop.create_task(work, context=apart())
 
     async def _settled(self) -> None:
         """Give the body's code its turns of the loop."""
@@ -521,9 +519,7 @@ class Attempt:
         await self._wait_for(self._carrier.checkpoint())
 
     def _apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        context = contextvars.copy_context()
-        context.run(scope.set, None)  # the engine's own work is not the body's, and is not unwound with it
-        return context.run(self._carrier.apart, work, *args)
+        return apart().run(self._carrier.apart, work, *args)
 
     async def _wait_for(self, work: Future[T]) -> T:
         """Wait for work done apart, which goes on whatever becomes of who waits."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -35,6 +35,14 @@ scope: ContextVar[TaskScope | None] = ContextVar("scope", default=None)
 
 doing: WeakKeyDictionary[asyncio.Task[Any], str] = WeakKeyDictionary()
 """What the asyncio tasks of attempts are at, for people to read."""
+
+
+def apart() -> Context:
+    """The context for work that is not the body's, and is not unwound with it."""
+    context = copy_context()
+    context.run(scope.set, None)
+    return context
+
 
 EXITS = (SystemExit, KeyboardInterrupt)
 """Errors that asyncio raises through the event loop, from whatever runs on it."""

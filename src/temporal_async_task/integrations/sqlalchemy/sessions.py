@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import random
 import sqlite3
 import time
@@ -13,6 +12,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 
+from temporal_async_task.engine.unwind import apart
 from temporal_async_task.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,9 +68,12 @@ class Database:
 
     async def _read_once(self, work: Callable[[Session], T]) -> T:
         if self.is_async:
-            async with self._sessions() as session:
-                return cast("T", await session.run_sync(work))
+            return await _to_its_end(self._read_async(work))
         return await asyncio.to_thread(self._read, work)
+
+    async def _read_async(self, work: Callable[[Session], T]) -> T:
+        async with self._sessions() as session:
+            return cast("T", await session.run_sync(work))
 
     def _read(self, work: Callable[[Session], T]) -> T:
         with self._sessions() as session:
@@ -96,7 +99,7 @@ class Database:
 
 async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:
     """Await a transaction that is not cancelled on its way: what it holds in the database might stay held."""
-    task = asyncio.get_running_loop().create_task(transaction, context=contextvars.Context())
+    task = asyncio.get_running_loop().create_task(transaction, context=apart())
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
