@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from postgres import PrivatePostgres
 from records_app import Base, Call, CallEvent, drawing, make_engine
 from support import CallLog, wait_until
 from temporal_async_task import TaskNotFoundError
+from temporal_async_task.engine.unwind import Unwind, _Unwindable
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
 from temporal_async_task.integrations.reports import Report, ReportedEvent, utc_now
 from temporal_async_task.integrations.sqlalchemy import RecordTask
@@ -191,7 +193,12 @@ async def test_a_lock_that_is_never_to_be_had_is_told_after_some_tries(
         assert await place.told() == []
 
 
-async def test_a_transaction_whose_caller_is_cancelled_goes_to_its_end_and_leaves_no_lock(file: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("scope", "left_by"), [(None, asyncio.CancelledError), (SimpleNamespace(unwinding=True), Unwind)]
+)
+async def test_a_transaction_whose_caller_is_stopped_goes_to_its_end_and_leaves_no_lock(
+    file: Path, tmp_path: Path, scope: Any, left_by: type[BaseException]
+):
     """In the caller's context, by which an application may choose its database."""
     tenant = ContextVar("tenant", default="")
     begun, gate = asyncio.Event(), asyncio.Event()
@@ -203,11 +210,11 @@ async def test_a_transaction_whose_caller_is_cancelled_goes_to_its_end_and_leave
 
     async with opened(sqlite_engine(file), tmp_path) as place:
         tenant.set("shop")
-        call = asyncio.create_task(Database(place.sessions).run(write))
+        call = asyncio.create_task(_Unwindable(Database(place.sessions).run(write), scope))
         await begun.wait()
         call.cancel()
         asyncio.get_running_loop().call_later(0.1, gate.set)
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(left_by):
             await call
         async with place.sessions.begin() as session:
             assert set(await session.scalars(select(Call.prompt))) == {"shop"}

@@ -98,13 +98,13 @@ class Database:
 
 
 async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:
-    """Await a transaction that is not cancelled on its way: what it holds in the database might stay held."""
+    """Await a transaction that nothing stops on its way: what it holds in the database might stay held."""
     task = asyncio.get_running_loop().create_task(transaction, context=apart())
     try:
         return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise
+    finally:  # cancelled, or unwound with an attempt
+        if not task.done():
+            await asyncio.wait((task,))
 
 
 async def _tried(transaction: Callable[[], Awaitable[T]]) -> T:
