@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 
-from temporal_async_task.engine.unwind import apart
+from temporal_async_task.engine.unwind import Unwind, apart
 from temporal_async_task.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,11 +100,17 @@ class Database:
 async def _to_its_end(transaction: Coroutine[Any, Any, T]) -> T:
     """Await a transaction that nothing stops on its way: what it holds in the database might stay held."""
     task = asyncio.get_running_loop().create_task(transaction, context=apart())
-    try:
-        return await asyncio.shield(task)
-    finally:  # cancelled, or unwound with an attempt
-        if not task.done():
+    stopped: BaseException | None = None
+    while not task.done():
+        try:
             await asyncio.wait((task,))
+        except (asyncio.CancelledError, Unwind) as error:  # by its caller, or with its attempt, which asks repeatedly
+            stopped = error
+    if stopped is None:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # seen, but nobody waits for it any more
+    raise stopped
 
 
 async def _tried(transaction: Callable[[], Awaitable[T]]) -> T:
