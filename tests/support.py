@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 import pytest
+from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import (
+    DeleteActivityExecutionRequest,
+    DeleteWorkflowExecutionRequest,
     PauseActivityExecutionRequest,
     ResetActivityExecutionRequest,
     UnpauseActivityExecutionRequest,
@@ -142,6 +145,19 @@ class Operator:
 
     async def reset(self) -> None:
         await self._client.workflow_service.reset_activity_execution(ResetActivityExecutionRequest(**self._which))
+
+    async def delete(self) -> None:
+        """Have the server forget a run that has ended, as it does when its retention is over."""
+        service, namespace = self._client.workflow_service, self._client.namespace
+        if self._in_workflow:
+            execution = WorkflowExecution(workflow_id=self._task_id)
+            await service.delete_workflow_execution(
+                DeleteWorkflowExecutionRequest(namespace=namespace, workflow_execution=execution)
+            )
+        else:
+            await service.delete_activity_execution(
+                DeleteActivityExecutionRequest(namespace=namespace, activity_id=self._task_id)
+            )
 
     async def attempt(self) -> int:
         """The number of the run's attempt."""

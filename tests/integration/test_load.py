@@ -137,6 +137,7 @@ async def test_a_run_that_begins_before_blocking_code_was_noticed_does_not_wait_
     await block.result(blocking_id)
 
 
+@pytest.mark.slow
 async def test_a_step_that_takes_many_heartbeat_timeouts_is_called_once(app: App):
     calls = []
 

@@ -200,6 +200,7 @@ async def test_a_committed_record_runs_its_task_and_gets_the_result(records: Rec
     assert call.started_at <= call.completed_at
 
 
+@pytest.mark.slow
 async def test_a_commit_is_dispatched_at_once_and_not_with_the_next_look(records: Records, vendor: Vendor):
     component = records.app.component()
     integration = records.integration(component, records.mapping(vendor.task()))
@@ -646,6 +647,7 @@ async def test_asking_about_a_record_brings_it_up_to_date(records: Records, vend
     assert await records.told() == ["queued", "completed"]
 
 
+@pytest.mark.slow
 async def test_while_the_server_is_down_records_wait_and_are_dispatched_when_it_is_back(
     records: Records, vendor: Vendor, caplog: pytest.LogCaptureFixture
 ):

@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.pool import NullPool
@@ -17,6 +18,8 @@ from records_chaos import Chaos
 from records_flood import flood
 from support import App, CallLog, wait_until
 from temporal_async_task.devserver import DevServer
+
+pytestmark = pytest.mark.slow
 
 
 async def test_whatever_is_killed_each_record_has_one_task_and_ends_in_agreement_with_it(

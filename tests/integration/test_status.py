@@ -28,6 +28,7 @@ from temporal_async_task import (
     StepState,
     StepStatus,
     TaskFailedError,
+    TaskNotFoundError,
     TaskResult,
     TaskStatus,
     TemporalAsyncTask,
@@ -332,7 +333,7 @@ async def test_attempts_and_the_first_start_are_told_over_all_attempts(app: App)
 
 WAITED = {
     "workflow": {"GetWorkflowExecutionHistory"},
-    "activity": {"DescribeActivityExecution", "PollActivityExecution"},
+    "activity": {"PollActivityExecution"},
 }
 DESCRIBE = {"workflow": "DescribeWorkflowExecution", "activity": "DescribeActivityExecution"}
 
@@ -379,6 +380,34 @@ async def test_the_result_of_a_run_that_was_submitted_here_is_waited_for_and_not
     meter.calls()
     assert await shoot.result(task_id) == "shot"
     assert set(meter.calls()) == WAITED[app.execution]
+
+
+@on_both
+@pytest.mark.slow  # the server takes its time to forget
+async def test_the_result_of_a_run_that_the_server_has_forgotten_is_unknown_until_its_id_is_in_use_again(app: App):
+    shots = itertools.count(1)
+
+    @async_task
+    async def shoot() -> int:
+        return next(shots)
+
+    web = await app.start(shoot)
+    task_id = await shoot.submit()
+    assert await shoot.result(task_id) == 1
+    await app.operator(web, task_id).delete()
+
+    async def is_forgotten() -> bool:
+        try:
+            await shoot.result(task_id)
+        except TaskNotFoundError:
+            return True
+        return False
+
+    await wait_until(is_forgotten, timeout=90, interval=0.2)
+    elsewhere = TemporalAsyncTask("shoot", shoot.task_function)
+    await app.connect(elsewhere)
+    await elsewhere.submit(task_id=task_id)
+    assert await shoot.result(task_id) == 2
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])

@@ -396,7 +396,7 @@ def fuzz_command(address: str, folder: Path, phases: str) -> list[str]:
 @pytest.mark.parametrize(
     ("kinds", "phases"),
     [
-        pytest.param(slice(1), "coverage", id="a model"),
+        pytest.param(slice(1), "coverage", id="a model", marks=pytest.mark.slow),
         pytest.param(slice(3), "examples,coverage,fuzzing", id="all", marks=pytest.mark.slow),
     ],
 )

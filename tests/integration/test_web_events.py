@@ -123,7 +123,8 @@ def scope(path: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [100, 1000])
 async def test_many_listeners_to_ten_runs_cost_a_look_a_second_each_and_leave_nothing(
     app: App, meter: Meter, count: int
 ):

@@ -26,10 +26,9 @@ async def call(n: int) -> str:
 
 
 async def chain(n: int) -> str:
-    text = ""
-    for i in range(n):
-        text = await step(f"step-{i}", calls.call, i)
-    return text
+    for i in range(n - 1):
+        await step(f"step-{i}", calls.call, i)
+    return await step(f"step-{n - 1}", calls.call, n - 1)
 
 
 async def fan(n: int) -> int:

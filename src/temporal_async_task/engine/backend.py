@@ -6,6 +6,7 @@ Needs no worker: all answers are the server's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -30,6 +31,7 @@ from temporal_async_task.errors import (
 )
 from temporal_async_task.status import TaskResult, TaskStatus
 
+_REMEMBERED = 10_000  # submitted runs, which ``wait`` need not look for
 _UNQUOTABLE = re.compile(r"""['"\\]""")
 
 
@@ -67,6 +69,7 @@ class Backend(ABC):
             self._home: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:  # a client that is set before any loop runs
             self._home = None
+        self._submitted: dict[tuple[str, str], str] = {}
 
     @property
     def client(self) -> Client:
@@ -75,6 +78,12 @@ class Backend(ABC):
 
     def _values(self, task_id: str) -> PayloadValues:
         return PayloadValues(self._converter, self._client.namespace, task_id, self._home)
+
+    def _remember(self, task: TaskAddress, task_id: str, run_id: str) -> None:
+        """Note the server's own id of a run that was started here."""
+        self._submitted[task.workflow_type, task_id] = run_id
+        if len(self._submitted) > _REMEMBERED:
+            del self._submitted[next(iter(self._submitted))]
 
     @abstractmethod
     async def start(
@@ -92,9 +101,21 @@ class Backend(ABC):
     async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """All that the server knows of a run."""
 
-    @abstractmethod
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """Of a run that has ended, however long that takes, how: status, result and error."""
+        run_id = self._submitted.get((task.workflow_type, task_id))
+        if run_id is not None:
+            with contextlib.suppress(TaskNotFoundError):  # its retention is over, and its id may be in use again
+                return await self._wait_for(task, task_id, run_id)
+        return await self._wait_for(task, task_id, await self._run_id(task, task_id))
+
+    @abstractmethod
+    async def _run_id(self, task: TaskAddress, task_id: str) -> str:
+        """The server's own id of a run; of one that was resumed, the last."""
+
+    @abstractmethod
+    async def _wait_for(self, task: TaskAddress, task_id: str, run_id: str) -> TaskResult[Any]:
+        """What ``wait`` is to tell, of a run by the server's own id; and of those that it was resumed as."""
 
     @abstractmethod
     def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
@@ -122,19 +143,19 @@ class Backend(ABC):
         values = self._values(task_id)
         try:
             plain = values.check(params, task.params_type)
-            payload = await values.to_payload(params)
+            payload = await values.stored(plain)
         except ResultError as error:
             raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
         except PayloadTooLargeError as error:
             raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
         fingerprint = digest(plain, params)
-        memo = {wire.MEMO_PARAMS: await values.to_payload(fingerprint, inline=True)}
-        return EncodedParams(payload, fingerprint, memo)
+        [kept] = await values.encode_raw([wire.text_payload(fingerprint)])
+        return EncodedParams(payload, fingerprint, {wire.MEMO_PARAMS: kept})
 
     async def _check_params(self, task_id: str, kept: Payload | None, ours: str) -> None:
         """Refuse an id whose run has other params: ``kept`` is the digest of its own, ``ours`` of those submitted."""
-        known = await self._values(task_id).from_payload(kept) if kept is not None else None
-        if known != ours:
+        known = await self._values(task_id).decode_raw([kept]) if kept is not None else []
+        if [payload.data for payload in known] != [wire.text_payload(ours).data]:
             raise TaskConflictError(
                 f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with "
                 f"one set of params: choose another id, or submit the same params."

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from temporalio.api.activity.v1 import ActivityExecutionInfo, ActivityOptions
+from temporalio.api.activity.v1 import ActivityExecutionInfo, ActivityExecutionOutcome, ActivityOptions
 from temporalio.api.common.v1 import ActivityType, Header, Payload, Payloads
 from temporalio.api.common.v1 import Priority as PriorityMessage
 from temporalio.api.enums.v1 import ActivityExecutionStatus as Status
@@ -50,7 +50,7 @@ from temporal_async_task.engine.backend import (
     unknown_anywhere,
 )
 from temporal_async_task.engine.client import translated
-from temporal_async_task.engine.describe import completed, failed_activity, running_activity
+from temporal_async_task.engine.describe import completed, failed_activity, result_of, running_activity
 from temporal_async_task.engine.journal import ErrorInfo
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT
 from temporal_async_task.errors import ConfigError, TaskNotFoundError
@@ -103,7 +103,7 @@ class StandaloneBackend(Backend):
         if delay > 0:
             _set(request.start_delay, delay)
         try:
-            await self._service.start_activity_execution(request, retry=True)
+            started = await self._service.start_activity_execution(request, retry=True)
         except RPCError as error:
             if error.status != RPCStatusCode.ALREADY_EXISTS:
                 self._refuse(error)
@@ -112,6 +112,8 @@ class StandaloneBackend(Backend):
             except TaskNotFoundError:
                 raise is_anothers(task_id) from None
             await self._check_params(task_id, info.header.fields.get(wire.MEMO_PARAMS), encoded.fingerprint)
+        else:
+            self._remember(task, task_id, started.run_id)
 
     def _request(
         self,
@@ -156,27 +158,34 @@ class StandaloneBackend(Backend):
         """One call to the server, before the end and after it."""
         return await self._picture(task, task_id, await self._found(task, task_id, journal=True, outcome=True))
 
-    async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
-        found = await self._found(task, task_id)
-        while True:
-            if found.info.status in _GOES_ON:
-                await self._poll(task_id, found.run_id)
-            found = await self._found(task, task_id, journal=True, outcome=True)
-            if found.info.status not in _GOES_ON:  # else it was resumed meanwhile
-                return await self._picture(task, task_id, found)
+    async def _run_id(self, task: TaskAddress, task_id: str) -> str:
+        return (await self._found(task, task_id)).run_id
 
-    async def _poll(self, task_id: str, run_id: str) -> None:
+    async def _wait_for(self, task: TaskAddress, task_id: str, run_id: str) -> TaskResult[Any]:
+        outcome = await self._poll(task_id, run_id)
+        if outcome.HasField("result"):
+            ended = await result_of(outcome.result.payloads[0], self._values(task_id), task.result_type)
+            return TaskResult(task_id=task_id, status=TaskStatus.COMPLETED, **ended)
+        while True:
+            found = await self._found(task, task_id, journal=True, outcome=True)
+            if found.info.status not in _GOES_ON:
+                return await self._picture(task, task_id, found)
+            await self._poll(task_id, found.run_id)  # it was resumed since
+
+    async def _poll(self, task_id: str, run_id: str) -> ActivityExecutionOutcome:
         """Wait for the end of a run."""
         request = PollActivityExecutionRequest(namespace=self._client.namespace, activity_id=task_id, run_id=run_id)
         while True:  # the server answers after a while in any case
             try:
-                if (await self._service.poll_activity_execution(request, retry=True)).HasField("outcome"):
-                    return
+                answer = await self._service.poll_activity_execution(request, retry=True)
             except RPCError as error:
                 if error.status == RPCStatusCode.NOT_FOUND:
                     raise unknown_anywhere(task_id) from None
                 if error.status != RPCStatusCode.DEADLINE_EXCEEDED:
                     self._refuse(error)
+            else:
+                if answer.HasField("outcome"):
+                    return answer.outcome
 
     async def _picture(
         self, task: TaskAddress, task_id: str, found: DescribeActivityExecutionResponse
@@ -234,11 +243,12 @@ class StandaloneBackend(Backend):
         if (await self._found(task, task_id)).run_id != found.run_id:
             raise resumed_elsewhere(task, task_id)
         try:
-            await self._service.start_activity_execution(request, retry=True)
+            started = await self._service.start_activity_execution(request, retry=True)
         except RPCError as error:
             if error.status == RPCStatusCode.ALREADY_EXISTS:
                 raise resumed_elsewhere(task, task_id) from None
             self._refuse(error)
+        self._remember(task, task_id, started.run_id)
 
     async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
         """Ask for a run's cancellation; nothing happens to one that has ended.

@@ -79,19 +79,15 @@ class PayloadValues:
         """Whether what is stored is not in clear: there is a codec, which mostly encrypts."""
         return self._converter.payload_codec is not None
 
-    async def to_payload(self, value: Any, *, inline: bool = False) -> Payload:
+    async def to_payload(self, value: Any) -> Payload:
         """The payload of a value, as it is stored; of one in external storage, the payload that says where it is.
-
-        Args:
-            value: The value.
-            inline: Without external storage.
 
         Raises:
             ResultError: It cannot be serialised.
             PayloadTooLargeError: It is larger than the server, or the external storage, takes.
             Exception: What the codec or the external storage raises; it says nothing of the value.
         """
-        return await self._sealed(self.serialise(value), self._inline if inline else self._converter)
+        return await self.stored(self.serialise(value))
 
     def serialise(self, value: Any) -> Payload:
         """The payload of a value, before codec and external storage.
@@ -124,16 +120,22 @@ class PayloadValues:
             PayloadTooLargeError: It is larger than the server, or the external storage, takes.
             Exception: What the codec or the external storage raises; it says nothing of the value.
         """
-        payload = await self._sealed(plain, self._converter)
+        payload = await self.stored(plain)
         data = payload.SerializeToString()
         if external.is_reference(payload):
             self._stored[data] = plain
         return data
 
-    async def _sealed(self, plain: Payload, converter: DataConverter) -> Payload:
+    async def stored(self, plain: Payload) -> Payload:
+        """What ``serialise`` has made, by codec and external storage.
+
+        Raises:
+            PayloadTooLargeError: It is larger than the server, or the external storage, takes.
+            Exception: What the codec or the external storage raises; it says nothing of the value.
+        """
         if not self.has_codec:
             return _within_limit(plain)
-        [encoded] = await converter.encode([RawValue(plain)])
+        [encoded] = await self._converter.encode([RawValue(plain)])
         return _within_limit(external.opaque(encoded))
 
     async def from_payload(self, payload: Payload, type_hint: Any = None) -> Any:

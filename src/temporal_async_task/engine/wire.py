@@ -173,11 +173,16 @@ def hold_of(result: Payload) -> Hold | None:
     return None if hold is None else Hold.from_payload(Payload(data=hold))
 
 
+def text_payload(text: str) -> Payload:
+    """The payload of a text of the engine's own."""
+    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(text).encode())
+
+
 def created_payload(time: Timestamp | datetime) -> Payload:
     """The memo that keeps when a run was first submitted."""
     stamp = Timestamp()
     stamp.FromDatetime(time) if isinstance(time, datetime) else stamp.CopyFrom(time)
-    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(stamp.ToJsonString()).encode())
+    return text_payload(stamp.ToJsonString())
 
 
 def created_time(payload: Payload) -> Timestamp:

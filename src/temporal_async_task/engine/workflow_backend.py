@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from temporalio.api.common.v1 import Payload, WorkflowExecution
 from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
-from temporalio.client import Client, WorkflowFailureError
+from temporalio.client import WorkflowFailureError
 from temporalio.common import Priority, RawValue, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 MAX_EVENT = 32 * 1024
 """Bytes; what the limit of a journal leaves."""
 _PAGE = 1000
-_REMEMBERED = 10_000  # submitted runs, which ``wait`` need not ask about
 _ENDING = 7
 """Events that a run's history has at least when its activity has ended."""
 _RUNNING = {
@@ -60,10 +59,6 @@ QUERIES = {
 
 class WorkflowBackend(Backend):
     """Tasks carried by the generic workflow."""
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(client)
-        self._submitted: dict[str, str] = {}  # what was submitted here lately: workflow types by task id
 
     async def start(
         self,
@@ -82,7 +77,7 @@ class WorkflowBackend(Backend):
             delay=delay,
         )
         try:
-            await self._client.start_workflow(
+            started = await self._client.start_workflow(
                 task.workflow_type,
                 args=[RawValue(start.to_payload()), RawValue(encoded.payload)],
                 id=task_id,
@@ -96,9 +91,8 @@ class WorkflowBackend(Backend):
             await self._check_same(task, task_id, encoded.fingerprint)
         except RPCError as error:
             raise translated(error, self._client) from error
-        self._submitted[task_id] = task.workflow_type
-        if len(self._submitted) > _REMEMBERED:
-            del self._submitted[next(iter(self._submitted))]
+        else:
+            self._remember(task, task_id, started.result_run_id or "")
 
     async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
         info = (await self._describe(task_id)).workflow_execution_info
@@ -118,10 +112,11 @@ class WorkflowBackend(Backend):
             return await running(task_id, found, values, left)
         return await self._ended(task, task_id, found, values)
 
-    async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
-        if self._submitted.get(task_id) != task.workflow_type:  # else it need not be asked whose run it is
-            await self._found(task, task_id)
-        handle = self._client.get_workflow_handle(task_id, result_type=RawValue)
+    async def _run_id(self, task: TaskAddress, task_id: str) -> str:
+        return (await self._found(task, task_id)).workflow_execution_info.execution.run_id
+
+    async def _wait_for(self, task: TaskAddress, task_id: str, run_id: str) -> TaskResult[Any]:
+        handle = self._client.get_workflow_handle(task_id, run_id=run_id, result_type=RawValue)
         values = self._values(task_id)
         try:
             result = (await handle.result()).payload
@@ -201,7 +196,7 @@ class WorkflowBackend(Backend):
         if latest.run_id != info.execution.run_id:
             raise resumed_elsewhere(task, task_id)
         try:
-            await self._client.start_workflow(
+            started = await self._client.start_workflow(
                 task.workflow_type,
                 args=[RawValue(part) for part in parts],
                 id=task_id,
@@ -215,6 +210,7 @@ class WorkflowBackend(Backend):
             raise resumed_elsewhere(task, task_id) from None
         except RPCError as error:
             raise translated(error, self._client) from error
+        self._remember(task, task_id, started.result_run_id or "")
 
     async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
         text = await self._values(task_id).seal_text(ErrorInfo.named("", reason).message)
