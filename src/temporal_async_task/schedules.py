@@ -172,13 +172,14 @@ async def create_schedule(
         raise ConfigError(f"{what}: overlap must be one of {', '.join(get_args(Overlap))}, not {overlap!r}.")
     encoded = await backend.encode_params(task, schedule_id, params)
     # The one message starts every run, so the origin, which is to be each run's own, is left to the run.
-    start = wire.TaskInput(origin="", heartbeat_timeout=task.heartbeat_timeout, timeout=task.timeout)
+    start = wire.TaskInput(
+        origin="", heartbeat_timeout=task.heartbeat_timeout, timeout=task.timeout, digest=encoded.sealed_digest
+    )
     action = ScheduleActionStartWorkflow(
         task.workflow_type,
         args=[RawValue(start.to_payload()), RawValue(encoded.payload)],
         id=schedule_id,
         task_queue=task.task_queue,
-        memo=encoded.memo,
     )
     schedule = Schedule(
         action=action,

@@ -53,10 +53,10 @@ class EncodedParams:
     """Params as the server gets them."""
 
     payload: Payload
-    fingerprint: str
-    """A digest of them, before any codec."""
-    memo: dict[str, Payload]
-    """What a run keeps of them, for the next submit to compare."""
+    digest: str
+    """Of the params, before any codec."""
+    sealed_digest: str
+    """What a run keeps of it, for the next submit to compare."""
 
 
 class Backend(ABC):
@@ -148,14 +148,12 @@ class Backend(ABC):
             raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
         except PayloadTooLargeError as error:
             raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
-        fingerprint = digest(plain, params)
-        [kept] = await values.encode_raw([wire.text_payload(fingerprint)])
-        return EncodedParams(payload, fingerprint, {wire.MEMO_PARAMS: kept})
+        ours = digest(plain, params)
+        return EncodedParams(payload, ours, await values.seal_text(ours))
 
-    async def _check_params(self, task_id: str, kept: Payload | None, ours: str) -> None:
-        """Refuse an id whose run has other params: ``kept`` is the digest of its own, ``ours`` of those submitted."""
-        known = await self._values(task_id).decode_raw([kept]) if kept is not None else []
-        if [payload.data for payload in known] != [wire.text_payload(ours).data]:
+    async def _check_params(self, task_id: str, run: wire.TaskInput, digest: str) -> None:
+        """Refuse an id whose run was started with other params than those of the digest."""
+        if await self._values(task_id).unseal_text(run.digest) != digest:
             raise TaskConflictError(
                 f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with "
                 f"one set of params: choose another id, or submit the same params."

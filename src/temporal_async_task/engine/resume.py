@@ -1,4 +1,4 @@
-"""Finding what a run that has ended has left behind, to go on from it."""
+"""What a run's history tells: what it was started with, and what it has left behind, to go on from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from temporal_async_task.engine.stopping import task_activity
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from temporalio.api.history.v1 import HistoryEvent
+    from temporalio.api.history.v1 import HistoryEvent, WorkflowExecutionStartedEventAttributes
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
     from temporalio.client import Client
 
@@ -51,6 +51,13 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
     if pending is not None and pending.heartbeat_details.payloads:
         remains.journal = list(pending.heartbeat_details.payloads)
     return remains
+
+
+async def start_of(client: Client, workflow_id: str) -> WorkflowExecutionStartedEventAttributes:
+    """What a workflow was started with."""
+    async for event in client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
+        return event.workflow_execution_started_event_attributes
+    raise ValueError("The run has no history")
 
 
 async def sent_events(client: Client, execution: WorkflowExecution, until: float) -> dict[str, Payload]:

@@ -1,7 +1,7 @@
 """Tasks carried by Temporal's standalone activity: the activity alone, with no workflow around it.
 
-What the workflow holds is held by the activity itself: the params' digest and, of a resumed run, the journal's header
-in its header, the journal in its heartbeats. See docs/architecture.md for how a run is cancelled.
+What the workflow holds is held by the activity itself: of a resumed run, the journal's header in its header; the
+journal in its heartbeats. See docs/architecture.md for how a run is cancelled.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ class StandaloneBackend(Backend):
             heartbeat_timeout=task.heartbeat_timeout,
             timeout=task.timeout,
             delay=delay,
+            digest=encoded.sealed_digest,
         )
-        request = self._request(task, task_id, start, (encoded.payload,), encoded.memo)
+        request = self._request(task, task_id, start, (encoded.payload,))
         request.id_reuse_policy = ActivityIdReusePolicy.ACTIVITY_ID_REUSE_POLICY_REJECT_DUPLICATE
         request.priority.CopyFrom(_priority(priority))
         if delay > 0:
@@ -108,10 +109,10 @@ class StandaloneBackend(Backend):
             if error.status != RPCStatusCode.ALREADY_EXISTS:
                 self._refuse(error)
             try:
-                info = (await self._found(task, task_id)).info
+                found = await self._found(task, task_id, given=True)
             except TaskNotFoundError:
                 raise is_anothers(task_id) from None
-            await self._check_params(task_id, info.header.fields.get(wire.MEMO_PARAMS), encoded.fingerprint)
+            await self._check_params(task_id, wire.TaskInput.from_payload(found.input.payloads[0]), encoded.digest)
         else:
             self._remember(task, task_id, started.run_id)
 
@@ -121,7 +122,7 @@ class StandaloneBackend(Backend):
         task_id: str,
         start: wire.TaskInput,
         payloads: Sequence[Payload],
-        kept: Mapping[str, Payload],
+        kept: Mapping[str, Payload] | None = None,
     ) -> StartActivityExecutionRequest:
         request = StartActivityExecutionRequest(
             namespace=self._client.namespace,
@@ -233,7 +234,6 @@ class StandaloneBackend(Backend):
             delay=0.0,
         )
         kept = {
-            wire.MEMO_PARAMS: info.header.fields[wire.MEMO_PARAMS],
             wire.MEMO_CREATED: info.header.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.schedule_time),
             wire.MEMO_JOURNAL: header,
         }

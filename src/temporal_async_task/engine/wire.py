@@ -26,8 +26,6 @@ OWN_PREFIX = "asyncTask:"
 COLLECT_ACTIVITY = OWN_PREFIX + "collect"
 """The engine's own activity: gets the journal of a run that is to be cancelled out of its activity."""
 
-MEMO_PARAMS = "asyncTaskParams"
-"""Memo: a digest of the params, to tell a repeated submit from a conflicting one."""
 MEMO_JOURNAL = "asyncTaskJournal"
 """Memo: the journal's header, as it was when the workflow and not the activity held the journal."""
 MEMO_CREATED = "asyncTaskCreated"
@@ -97,6 +95,8 @@ class TaskInput(_Message):
     """Seconds that the run may take."""
     delay: float = 0.0
     """Seconds before it begins."""
+    digest: str = ""
+    """Of the params, through the codec: tells a repeated submit from a conflicting one."""
     deadline: float | None = None
     """When it must have ended, of a run that goes on in a new history; seconds since the epoch."""
     events: tuple[str, ...] = ()
@@ -173,16 +173,11 @@ def hold_of(result: Payload) -> Hold | None:
     return None if hold is None else Hold.from_payload(Payload(data=hold))
 
 
-def text_payload(text: str) -> Payload:
-    """The payload of a text of the engine's own."""
-    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(text).encode())
-
-
 def created_payload(time: Timestamp | datetime) -> Payload:
     """The memo that keeps when a run was first submitted."""
     stamp = Timestamp()
     stamp.FromDatetime(time) if isinstance(time, datetime) else stamp.CopyFrom(time)
-    return text_payload(stamp.ToJsonString())
+    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(stamp.ToJsonString()).encode())
 
 
 def created_time(payload: Payload) -> Timestamp:

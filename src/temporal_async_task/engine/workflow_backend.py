@@ -30,7 +30,7 @@ from temporal_async_task.engine.backend import (
 from temporal_async_task.engine.client import translated
 from temporal_async_task.engine.describe import completed, failed, failure_of, header_in, header_of, result_of, running
 from temporal_async_task.engine.journal import ErrorInfo
-from temporal_async_task.engine.resume import find_remains
+from temporal_async_task.engine.resume import find_remains, start_of
 from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.errors import ParamsError, PayloadTooLargeError, ResultError, TaskConflictError
 from temporal_async_task.status import TaskResult, TaskStatus
@@ -75,6 +75,7 @@ class WorkflowBackend(Backend):
             heartbeat_timeout=task.heartbeat_timeout,
             timeout=task.timeout,
             delay=delay,
+            digest=encoded.sealed_digest,
         )
         try:
             started = await self._client.start_workflow(
@@ -84,21 +85,25 @@ class WorkflowBackend(Backend):
                 task_queue=task.task_queue,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                memo=encoded.memo,
                 priority=priority,
             )
         except WorkflowAlreadyStartedError:
-            await self._check_same(task, task_id, encoded.fingerprint)
+            await self._check_same(task, task_id, encoded.digest)
         except RPCError as error:
             raise translated(error, self._client) from error
         else:
             self._remember(task, task_id, started.result_run_id or "")
 
-    async def _check_same(self, task: TaskAddress, task_id: str, fingerprint: str) -> None:
-        info = (await self._describe(task_id)).workflow_execution_info
-        if info.type.name != task.workflow_type:
+    async def _check_same(self, task: TaskAddress, task_id: str, digest: str) -> None:
+        try:
+            started = await start_of(self._client, task_id)
+        except RPCError as error:
+            if error.status == RPCStatusCode.NOT_FOUND:
+                raise unknown_anywhere(task_id) from None
+            raise translated(error, self._client) from error
+        if started.workflow_type.name != task.workflow_type:
             raise is_anothers(task_id)
-        await self._check_params(task_id, info.memo.fields.get(wire.MEMO_PARAMS), fingerprint)
+        await self._check_params(task_id, wire.TaskInput.from_payload(started.input.payloads[0]), digest)
 
     async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """One call to the server while the run goes on, two after its end."""
@@ -188,7 +193,6 @@ class WorkflowBackend(Backend):
         )
         parts = (start.to_payload(), remains.params, header, results, *events.values())
         memo = {
-            wire.MEMO_PARAMS: info.memo.fields[wire.MEMO_PARAMS],
             wire.MEMO_CREATED: info.memo.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.start_time),
             wire.MEMO_JOURNAL: header,
         }
