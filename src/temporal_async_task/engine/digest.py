@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from temporalio.api.common.v1 import Payload
 
+_text = json.JSONEncoder(sort_keys=True).encode
+
 
 def digest(payload: Payload, value: Any = None) -> str:
     """A digest of a value, the same for the same JSON document whatever the order of its keys and of its sets.
@@ -28,12 +30,11 @@ def digest(payload: Payload, value: Any = None) -> str:
     data = payload.data
     encoding = payload.metadata.get("encoding", b"")
     if encoding.startswith(b"json/"):
-        data = _text(_sorted_sets(value, json.loads(data))).encode()
+        document = json.loads(data)
+        if b"[" in data:  # else there is no set in it
+            document = _sorted_sets(value, document)
+        data = _text(document).encode()
     return hashlib.sha256(encoding + b"\0" + data).hexdigest()
-
-
-def _text(document: Any) -> str:
-    return json.dumps(document, sort_keys=True)
 
 
 def _sorted_sets(value: Any, document: Any) -> Any:
