@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 import pytest
+import uvloop
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import (
     DeleteActivityExecutionRequest,
@@ -299,7 +300,8 @@ def work(tasks: Iterable[TemporalAsyncTask[Any, Any]]) -> None:
     )
     component = AsyncTaskComponent(config)
     component.register_all(tasks)
-    asyncio.run(component.run())
+    run = uvloop.run if os.environ.get("LOOP") == "uvloop" else asyncio.run
+    run(component.run())
 
 
 class CallLog:

@@ -255,7 +255,10 @@ class Benchmark:
 
     async def _engine(self) -> None:
         if any(running.name in OURS for running in self._running):
-            figures = await _python("performance.engine", "--count", str(self.sizes.engine), "--rounds", "3")
+            sizes = "--count", str(self.sizes.engine), "--rounds", "3"
+            figures = await _python("performance.engine", *sizes)
+            on_uvloop = await _python("performance.engine", *sizes, "--uvloop")
+            figures |= {f"{figure}-uvloop": on_uvloop[figure] for figure in ("engine-task", "engine-step")}
             for figure, value in figures.items():
                 self.results.add(figure, "workflow", value["median"])
 

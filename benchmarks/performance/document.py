@@ -52,7 +52,14 @@ TABLES: dict[str, Sequence[str]] = {
     ),
     "drain": ("drain-1", "drain-2", "drain-4"),
     "resume": ("resume",),
-    "engine": ("engine-task", "engine-step", "engine-sync-step", "rules-step"),
+    "engine": (
+        "engine-task",
+        "engine-step",
+        "engine-sync-step",
+        "engine-task-uvloop",
+        "engine-step-uvloop",
+        "rules-step",
+    ),
 }
 """The figures of each table, and of the plot of the same name."""
 

@@ -64,6 +64,8 @@ _ALL = (
     Figure("engine-task", "CPU of the library for a task, server in memory", "us", "engine"),
     Figure("engine-step", "CPU of the library for an async step, server in memory", "us", "engine"),
     Figure("engine-sync-step", "CPU of the library for a sync step, server in memory", "us", "engine"),
+    Figure("engine-task-uvloop", "the same for a task, the worker on uvloop", "us", "engine"),
+    Figure("engine-step-uvloop", "the same for an async step, the worker on uvloop", "us", "engine"),
     Figure("rules-step", "CPU of an async step without event loops and journal: await task()", "us", "engine"),
 )
 FIGURES = {figure.key: figure for figure in _ALL}

@@ -54,7 +54,7 @@ def test_every_question_is_answered_for_this_library_and_a_workflow_by_hand(tmp_
     ):
         assert set(found["samples"][figure]) == {*ours, "by-hand"}, figure
     assert found["samples"]["submit-ratio"]["workflow"][0] > 0
-    for figure in ("engine-task", "engine-step", "engine-sync-step", "rules-step"):
+    for figure in ("engine-task", "engine-step", "engine-sync-step", "engine-step-uvloop", "rules-step"):
         assert found["samples"][figure]["workflow"][0] > 0, figure
     assert found["samples"]["throughput-1"]["workflow"][0] > 0
     assert found["samples"]["server-cpu-task"]["workflow"][0] > 0

@@ -404,22 +404,26 @@ def interrupted_task() -> TemporalAsyncTask[None, int]:
     return TemporalAsyncTask("interrupted", interrupted, retry_policy=NEVER_AGAIN, heartbeat_timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("number", "loop"),
+    [(signal.SIGTERM, "asyncio"), (signal.SIGINT, "asyncio"), (signal.SIGTERM, "uvloop")],
+    ids=["SIGTERM", "SIGINT", "SIGTERM on uvloop"],
+)
 async def test_a_worker_that_gets_a_signal_in_a_step_exits_with_0_and_another_goes_on_within_5_seconds(
-    app: App, tmp_path: Path, number: signal.Signals
+    app: App, tmp_path: Path, number: signal.Signals, loop: str
 ):
     log = CallLog(tmp_path / "calls")
     interrupted = interrupted_task()
     await app.connect(interrupted)
     task_id = await interrupted.submit()
     started = time.monotonic()
-    with WorkerProcess(__file__, app, CALL_LOG=str(log.path), GRACE="1") as first:
+    with WorkerProcess(__file__, app, CALL_LOG=str(log.path), GRACE="1", LOOP=loop) as first:
         await wait_until(log.lines, timeout=20)
         beginning = time.monotonic() - started
         os.kill(first.pid, number)
         assert await first.exit_status(timeout=1 + 4) == 0, first.errors()
     exited = time.monotonic()
-    with WorkerProcess(__file__, app, CALL_LOG=str(log.path), GRACE="1") as second:
+    with WorkerProcess(__file__, app, CALL_LOG=str(log.path), GRACE="1", LOOP=loop) as second:
         assert await interrupted.result(task_id, timeout=10) == 2
         # A process needs a second or so to begin. On a busy machine it needs more, as the first one has shown.
         assert time.monotonic() - exited < max(5, 3 * beginning)
