@@ -69,8 +69,13 @@ async def report() -> dict[str, float]:
     return {"total": 1.5}
 
 
+@async_task(execution="activity")
+async def stamp() -> str:
+    return "stamped"
+
+
 component = AsyncTaskComponent(AsyncTaskComponentConfig.load())
-component.register_all([picture, wait, report])
+component.register_all([picture, wait, report, stamp])
 if os.environ.get("CHATTY"):
     os.system("echo from a child")
     print("from the application", flush=True)

@@ -176,6 +176,21 @@ async def test_runs_are_listed_newest_first_of_one_task_or_of_all(shop: Shell):
     assert one.err == completed.err == "There are more: --limit 1 has cut the list.\n"
 
 
+async def test_runs_that_an_activity_carries_are_listed_with_the_others(shop: Shell):
+    ids = [new_id() for _ in range(3)]
+    for task, task_id in zip(("report", "stamp", "report"), ids, strict=True):
+        await shop.runs("submit", task, "--id", task_id, "--wait", *APP)
+
+    async def listed() -> bool:
+        seen = (await shop.runs("list", "--json", "--limit", "100")).document
+        return [run["task_id"] for run in seen if run["task_id"] in ids] == ids[::-1]
+
+    await support.wait_until(listed, timeout=30)
+    for options in ((), APP):
+        seen = (await shop.runs("list", "stamp", "--json", *options)).document
+        assert [(run["task_id"], run["status"]) for run in seen] == [(ids[1], "completed")]
+
+
 # Schedules
 
 
@@ -217,7 +232,7 @@ BAD_INPUT = [
     (("submit", "picture", "cup", *APP), 2, "Text is JSON with its quotes: '\"cup\"'."),
     (("submit", "picture", '{"prompt": 7}', *APP), 2, "The params of task 'picture' do not fit"),
     (("submit", "report", "7", *APP), 2, "Task 'report' takes no params"),
-    (("submit", "pictures", "{}", *APP), 4, "It has 'picture', 'report', 'wait'."),
+    (("submit", "pictures", "{}", *APP), 4, "It has 'picture', 'report', 'stamp', 'wait'."),
     (("submit", "picture", "{}"), 2, "Name them with --app module:attribute, or set ASYNC_TASK_APP."),
     (("submit", "picture", "{}", "--app", "shp:component"), 3, "There is no module 'shp'"),
     (("submit", "picture", '{"prompt": "x"}', "--id", "a\nb", *APP), 2, "A task id"),

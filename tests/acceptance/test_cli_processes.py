@@ -92,7 +92,7 @@ async def test_a_worker_tells_in_json_what_it_works_on_and_prints_nothing_else_o
         worker.until("from the task")
         told = json.loads(worker.out)
     assert told["address"] == server.address
-    assert told["tasks"] == ["picture", "report", "wait"]
+    assert told["tasks"] == ["picture", "report", "stamp", "wait"]
     assert told["task_queues"] == [shop.env["TEMPORAL_TASK_QUEUE"]]
     assert told["pid"] == worker.process.pid
 

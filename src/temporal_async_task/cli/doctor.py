@@ -26,6 +26,7 @@ from temporalio.service import RPCError
 from temporal_async_task.cli.exits import CommandError, ExitStatus
 from temporal_async_task.cli.output import table
 from temporal_async_task.config import AsyncTaskComponentConfig, misspelt_variables
+from temporal_async_task.engine.journal import MAX_BYTES
 from temporal_async_task.engine.values import MAX_PAYLOAD
 from temporal_async_task.errors import AsyncTaskError
 
@@ -123,7 +124,8 @@ async def _look(app: Application, findings: Findings) -> None:
     findings.add(
         "limits",
         "ok",
-        f"{MAX_PAYLOAD:,} bytes for params, for a result, and for all step results of a run; ids and names 255 bytes.",
+        f"{MAX_PAYLOAD:,} bytes for params, for a result; {MAX_BYTES:,} for params and all step results of a run; "
+        f"ids and keys 255 bytes.",
     )
     queues = sorted({task.task_queue for task in app.tasks} or {config.task_queue})
     for queue in queues:

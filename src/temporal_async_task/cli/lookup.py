@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, get_args
 
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DescribeActivityExecutionRequest, DescribeWorkflowExecutionRequest
@@ -14,9 +16,10 @@ from temporal_async_task.cli.exits import CommandError, ExitStatus
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.client import raw_client, translated
 from temporal_async_task.engine.resume import find_remains
+from temporal_async_task.engine.standalone import StandaloneBackend
 from temporal_async_task.engine.workflow_backend import QUERIES
-from temporal_async_task.errors import TaskNotFoundError
-from temporal_async_task.task import TemporalAsyncTask
+from temporal_async_task.errors import ConfigError, TaskNotFoundError
+from temporal_async_task.task import Execution, TemporalAsyncTask
 
 if TYPE_CHECKING:
     from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionResponse
@@ -24,8 +27,11 @@ if TYPE_CHECKING:
     from temporal_async_task.cli.reference import AnyTask, Application
     from temporal_async_task.status import TaskResult, TaskStatus
 
+    Run = tuple[AnyTask, TaskResult[Any]]
+
 _AT_ONCE = 10
 """So many statuses are asked for at the same time."""
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 def task_of_app(app: Application, name: str, command: str) -> AnyTask:
@@ -46,11 +52,11 @@ def task_of_app(app: Application, name: str, command: str) -> AnyTask:
     return task
 
 
-def known_task(app: Application, name: str, **options: Any) -> AnyTask:
+def known_task(app: Application, name: str, *, execution: Execution = "workflow", **options: Any) -> AnyTask:
     """The application's task of this name, or else one whose params and result are plain JSON."""
     task = app.task(name)
-    if task is None:
-        task = TemporalAsyncTask(name, _of_another_process, **options)
+    if task is None or task.execution != execution:
+        task = TemporalAsyncTask(name, _of_another_process, execution=execution, **options)
         task.set_client(app.component.client)
     return task
 
@@ -81,7 +87,8 @@ async def find_task(app: Application, task_id: str, *, for_resume: bool = False)
     name = task_name(info.type.name)
     if name is None:
         raise TaskNotFoundError(f"{task_id!r} is no task's run, but a workflow of type {info.type.name!r}.")
-    if app.task(name) is not None or not for_resume:
+    task = app.task(name)
+    if not for_resume or (task is not None and task.execution == "workflow"):
         return known_task(app, name)
     start = (await find_remains(raw_client(app.component.client), found)).start
     return known_task(
@@ -135,46 +142,99 @@ def task_name(workflow_type: str) -> str | None:
     return name if name and name != workflow_type else None
 
 
-async def newest(
-    app: Application, name: str | None, status: TaskStatus | None
-) -> AsyncGenerator[tuple[AnyTask, TaskResult[Any]]]:
+async def newest(app: Application, name: str | None, status: TaskStatus | None) -> AsyncGenerator[Run]:
     """Runs, newest first; of more than a thousand, those that go on before those that have ended.
 
     Args:
-        app: The application.
+        app: The application. Of a task that it does not have, both ways in which runs can be carried are looked at.
         name: Only runs of this task.
         status: Only runs with this status.
     """
-    if name is not None:
-        task = known_task(app, name)
+    task = None if name is None else app.task(name)
+    if task is not None:
+        sources = [_of_task(task, status)]
+    elif name is not None:
+        sources = [_of_task(known_task(app, name, execution=way), status) for way in get_args(Execution)]
+    else:
+        sources = [
+            _told(app, "workflow", _workflows(app, status), status),
+            _told(app, "activity", _activities(app, status), status),
+        ]
+    heads = {source: await anext(source, None) for source in sources}
+    try:
+        while left := {source: head for source, head in heads.items() if head is not None}:
+            newest_of = max(left, key=lambda source: left[source][1].created_at or _LONG_AGO)
+            yield left[newest_of]
+            heads[newest_of] = await anext(newest_of, None)
+    finally:
+        for source in sources:
+            await source.aclose()
+
+
+async def _of_task(task: AnyTask, status: TaskStatus | None) -> AsyncGenerator[Run]:
+    with _unless_there_are_none(task.execution):
         async for run in task.list(status=status, limit=None):
             yield task, run
-        return
+
+
+async def _told(
+    app: Application, execution: Execution, found: AsyncIterator[tuple[str, str]], status: TaskStatus | None
+) -> AsyncGenerator[Run]:
+    """The statuses of the runs whose tasks' names and ids are found."""
+    with _unless_there_are_none(execution):
+        while some := await _some_of(found):
+            tasks = [known_task(app, name, execution=execution) for name, _ in some]
+            runs = await asyncio.gather(
+                *(_status_or_none(task, task_id) for task, (_, task_id) in zip(tasks, some, strict=True))
+            )
+            for task, run in zip(tasks, runs, strict=True):
+                # The server's list does not tell whether a run has begun, nor that one was resumed since.
+                if run is not None and status in {None, run.status}:
+                    yield task, run
+
+
+async def _some_of(found: AsyncIterator[tuple[str, str]]) -> list[tuple[str, str]]:
+    some: list[tuple[str, str]] = []
+    async for one in found:
+        some.append(one)
+        if len(some) == _AT_ONCE:
+            break
+    return some
+
+
+@contextlib.contextmanager
+def _unless_there_are_none(execution: Execution) -> Generator[None]:
+    """Take a server that is too old for standalone activities as one that has none."""
+    try:
+        yield
+    except ConfigError:
+        if execution == "workflow":
+            raise
+
+
+async def _workflows(app: Application, status: TaskStatus | None) -> AsyncIterator[tuple[str, str]]:
     client = app.component.client
     clauses = f"WorkflowType STARTS_WITH '{wire.WORKFLOW_PREFIX}' AND ExecutionStatus != 'ContinuedAsNew'"
     pages = client.list_workflows(clauses if status is None else f"{clauses} AND {QUERIES[status]}", page_size=1000)
     seen: set[str] = set()
-    try:
-        while True:
+    while True:
+        try:
             await pages.fetch_next_page()
-            page = sorted(pages.current_page or (), key=lambda one: one.start_time, reverse=True)
-            fresh = {one.id: one.workflow_type for one in reversed(page) if one.id not in seen}
-            seen |= fresh.keys()
-            ids = list(reversed(fresh))
-            for begin in range(0, len(ids), _AT_ONCE):
-                asked = [
-                    (known_task(app, task_name(fresh[task_id]) or ""), task_id)
-                    for task_id in ids[begin : begin + _AT_ONCE]
-                ]
-                runs = await asyncio.gather(*(_status_or_none(task, task_id) for task, task_id in asked))
-                for (task, _), found in zip(asked, runs, strict=True):
-                    # The server's list does not tell whether a run has begun, nor that one was resumed since.
-                    if found is not None and status in {None, found.status}:
-                        yield task, found
-            if not pages.next_page_token:
-                return
-    except RPCError as error:
-        raise translated(error, client) from error
+        except RPCError as error:
+            raise translated(error, client) from error
+        page = sorted(pages.current_page or (), key=lambda one: one.start_time, reverse=True)
+        for one in page:
+            if one.id not in seen:
+                seen.add(one.id)
+                yield task_name(one.workflow_type) or "", one.id
+        if not pages.next_page_token:
+            return
+
+
+async def _activities(app: Application, status: TaskStatus | None) -> AsyncIterator[tuple[str, str]]:
+    backend = StandaloneBackend(app.component.client)
+    async for run in backend.runs(f"ActivityType STARTS_WITH '{wire.WORKFLOW_PREFIX}'", status):
+        yield task_name(run.activity_type.name) or "", run.activity_id
 
 
 async def _status_or_none(task: AnyTask, task_id: str) -> TaskResult[Any] | None:
