@@ -1,8 +1,8 @@
 """Temporal's Python SDK without this library: a workflow written by hand, and the floor.
 
-The *floor* is an activity that makes its calls in a row and saves after each by an awaited heartbeat, as this library
-does, with no engine around them: no replay of a journal, no retries of a step. It is carried by a workflow that does
-nothing else, or stands alone.
+The *floor* is an activity that makes its calls in a row and saves after each by an awaited heartbeat (after the last by
+its result), as this library does, with no engine around them: no replay of a journal, no retries of a step. It is
+carried by a workflow that does nothing else, or stands alone.
 """
 
 from __future__ import annotations
@@ -183,9 +183,10 @@ class Floor:
             case base.CALL:
                 done.append(await calls.call(n))
             case base.CHAIN:
-                for i in range(n):
+                for i in range(n - 1):
                     done.append(await calls.call(i))
                     await save()
+                done.append(await calls.call(n - 1))  # saved with the result
             case base.FAN:
                 done += await asyncio.gather(*(calls.call(i) for i in range(n)))
                 await save()
