@@ -164,7 +164,7 @@ class AsyncTaskComponent:
 
         Raises:
             ServerUnavailableError: Nothing answers at the address within ten seconds.
-            ConfigError: No task is registered.
+            ConfigError: No task is registered; or as for ``connect``.
         """
         if self.is_started:
             return

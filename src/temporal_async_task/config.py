@@ -43,7 +43,8 @@ class AsyncTaskComponentConfig:
         task_queue: The queue of the tasks that name none of their own.
         execution: What carries the runs of the tasks that do not say it themselves: ``"workflow"`` or ``"activity"``
             (see docs/execution.md). The same in all processes: it tells where a run is looked for.
-        max_concurrent_tasks: How many tasks a worker runs at once.
+        max_concurrent_tasks: How many tasks a process runs at once, on each task queue; and how many threads it has for
+            sync functions.
         target_cpu: With ``target_memory``: take tasks by resource use instead of by a fixed number, up to
             this fraction of the CPU (over 0, up to 1).
         target_memory: The same of the memory. Both or neither.

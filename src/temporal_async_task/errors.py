@@ -102,9 +102,9 @@ class StoredValueLostError(ResultError):
 
 
 class DecryptionError(AsyncTaskError):
-    """A stored value cannot be decrypted here: its key is not known, or it is damaged.
+    """A stored value cannot be decrypted here: its key, or the codec, is not known, or it is damaged.
 
-    A run is not failed by it. It is left to a worker that has the key.
+    A run is not failed by it. It is left to a worker that has them.
     """
 
 
@@ -172,9 +172,12 @@ class StepFailedError(AsyncTaskError):
         error_type: The name of the last error's class.
         message: The last error's message.
         idempotency_key: What the step's calls were given (``current_step().idempotency_key``), to ask the API by.
+        once: Whether its call is not made again, even if the run is resumed, unless ``redo`` names the step: it has
+            ``at_most_once=True``, and the error does not say that nothing was done (``RetryableError``).
     """
 
     idempotency_key: str | None = None
+    once: bool = False
 
     def __init__(self, key: str, attempts: int, error_type: str, message: str) -> None:
         calls = {0: "", 1: " after 1 attempt"}.get(attempts, f" after {attempts} attempts")

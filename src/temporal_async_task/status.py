@@ -67,7 +67,7 @@ class TaskResult(Generic[T_co]):
     status: TaskStatus
     result: T_co | None = None
     error: str | None = None
-    """Of a failed run: the error's message. Of a completed one: why its result does not fit the code any more."""
+    """Of a failed run: the error's message. Of a completed one: why its result cannot be read."""
     error_type: str | None = None
     """Of a failed run: the name of the error's class, as ``StepFailedError`` or ``TaskCancelledError``."""
     created_at: datetime | None = None

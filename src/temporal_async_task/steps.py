@@ -223,7 +223,8 @@ class StepFunction:
             timeout: Seconds (or a ``timedelta``) that one call may take, instead of the task's ``step_timeout``.
             result_type: What the result is decoded to, where the callable has no return annotation.
             at_most_once: Make the start durable before the call, and never call twice: if the outcome is lost with
-                the worker, the body gets ``StepOutcomeUnknownError``. Not retried, but for ``RetryableError``.
+                the worker, the body gets ``StepOutcomeUnknownError``. Not retried, but for ``RetryableError``, which
+                says that nothing was done; nor called again in a resumed run, unless ``redo`` names it.
         """
         return StepFunction(_options(self._options, retry_policy, timeout, result_type, at_most_once))
 
@@ -336,7 +337,7 @@ async def poll(
     Args:
         key: Names the poll, unique in the run like a step's.
         check: Returns None until the answer is ready. An error of it that may be retried is not the job's failure: it
-            is asked again, until the timeout; without one, as often as the retry policy says.
+            is asked again, until the timeout; without one, as often as the task's retry policy says.
         args: Positional arguments for ``check``.
         every: Seconds (or a ``timedelta``) between two polls; or a ``RetryPolicy``, whose backoff is taken.
         timeout: Seconds (or a ``timedelta``) from the first poll on, however many workers were lost meanwhile.

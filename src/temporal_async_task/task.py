@@ -239,8 +239,8 @@ class TemporalAsyncTask(Generic[P, R]):
 
         Args:
             params: What the function is called with.
-            task_id: The run's id, unless a random one will do. The same id and params twice is one run, so a caller
-                that is not sure whether its submit went through submits again.
+            task_id: The run's id, unless a random one will do. The same id and params twice is one run, as long as the
+                server keeps it; so a caller that is not sure whether its submit went through submits again.
             delay: Seconds (or a ``timedelta``) before the run begins.
             priority: 1 to 5, the lower the sooner, among the runs that wait for a worker; Temporal's default is 3.
                 See https://docs.temporal.io/develop/task-queue-priority-fairness.
@@ -460,8 +460,8 @@ class TemporalAsyncTask(Generic[P, R]):
         """Have runs begin by the clock, from now on. The server keeps the schedule: no process need be up for it.
 
         A run's id is the schedule's and the time for which it was due, as in ``nightly-2026-01-31T03:00:00Z``. The
-        runs are like any others, and get the params, ``timeout`` and ``heartbeat_timeout`` as they are now: to change
-        them, delete the schedule and make it anew.
+        runs are like any others, and get the params, task queue, ``timeout`` and ``heartbeat_timeout`` as they are now:
+        to change them, delete the schedule and make it anew.
 
         Args:
             schedule_id: The schedule's id, unique in the Temporal namespace.

@@ -118,6 +118,7 @@ class TaskRun(Generic[R]):
     Args:
         task: The task.
         params: What it is submitted with.
+        task_id: The run's id.
         lost_after: Virtual seconds after which a lost worker is noticed (the heartbeat timeout).
         data_converter: Instead of the default, pydantic's.
     """

@@ -299,8 +299,12 @@ async def test_a_worker_that_lacks_the_storage_leaves_the_run_to_one_that_has_it
     await worker.stop()
     other = storing(FolderStorageDriver(tmp_path, name="other"))
     stranger = await app.start(shoot, data_converter=pydantic_data_converter if lacks == "the storage" else other)
-    run = await status_when(shoot, task_id, lambda run: run.attempt >= 4)
+    unreadable = "StorageError: the result of step 'first' cannot be read: "
+    run = await status_when(
+        shoot, task_id, lambda run: run.attempt >= 4 and (run.last_error or "").startswith(unreadable)
+    )
     assert run.status is TaskStatus.PROCESSING
+    assert run.last_error.endswith(f"(worker {stranger.client.identity!r})")
     assert "an externally stored value cannot be fetched here" in caplog.text
     await stranger.stop()
     assert calls == ["first", "second"]

@@ -18,9 +18,10 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import DataConverter, DefaultFailureConverterWithEncodedAttributes, PayloadCodec
 
-from support import App, backs_off, ended, on_both, status_when, wait_until
+from support import FOR_AN_HOUR, App, backs_off, ended, on_both, status_when, wait_until
 from temporal_async_task import (
     AsyncTaskComponent,
+    DecryptionError,
     RetryPolicy,
     StepState,
     TaskConflictError,
@@ -181,9 +182,10 @@ async def test_duplicates_and_conflicts_are_told_apart_with_a_codec(app: App):
 
 
 @on_both
+@pytest.mark.parametrize("codec", [Masking(0x33), None], ids=["another key", "no codec"])
 @pytest.mark.parametrize("begun", [False, True], ids=["before its first attempt", "in backoff"])
-async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
-    app: App, monkeypatch: pytest.MonkeyPatch, begun: bool
+async def test_a_worker_that_cannot_decode_a_run_leaves_it_to_one_that_can(
+    app: App, monkeypatch: pytest.MonkeyPatch, begun: bool, codec: Masking | None
 ):
     monkeypatch.setattr(activity, "UNREADABLE_DELAY", 1.0)
     calls = []
@@ -207,7 +209,7 @@ async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
     else:
         await app.connect(shoot, data_converter=MASKED)
         task_id = await shoot.submit(CANARY)
-    stranger = await app.start(shoot, data_converter=dataclasses.replace(MASKED, payload_codec=Masking(0x33)))
+    stranger = await app.start(shoot, data_converter=dataclasses.replace(MASKED, payload_codec=codec))
     await app.connect(shoot, data_converter=MASKED)  # whoever asks has the key
     run = await status_when(shoot, task_id, lambda run: "another worker" in (run.last_error or "") or ended(run))
     assert run.status is (TaskStatus.PROCESSING if begun else TaskStatus.PENDING)
@@ -215,6 +217,31 @@ async def test_a_worker_with_another_key_leaves_the_run_to_one_that_can_read_it(
     await stranger.stop()
     await app.start(shoot, data_converter=MASKED)
     assert await shoot.result(task_id, timeout=10) == f"image of {CANARY.upper()}"
+
+
+@on_both
+@pytest.mark.parametrize("ends", [False, True], ids=["in backoff", "ended"])
+async def test_whoever_asks_without_the_codec_is_told_so(app: App, ends: bool):
+    async def generate(prompt: str) -> str:
+        if not ends:
+            raise ConnectionError("not now")
+        return prompt
+
+    @async_task(retry_policy=FOR_AN_HOUR)
+    async def shoot(prompt: str) -> str:
+        return await step("generate", generate, prompt)
+
+    await app.start(shoot, data_converter=MASKED)
+    task_id = await shoot.submit(CANARY)
+    await status_when(shoot, task_id, ended if ends else backs_off)
+    await app.connect(shoot)
+    with pytest.raises(DecryptionError, match=r"encoding 'binary/masked'.*data_converter.*--app"):
+        await shoot.get_status(task_id)
+    with pytest.raises(DecryptionError, match="data_converter"):
+        await shoot.submit(CANARY, task_id=task_id)
+    if ends:
+        with pytest.raises(DecryptionError, match="data_converter"):
+            await shoot.result(task_id)
 
 
 async def test_a_codec_is_used_on_the_event_loop_of_its_component_alone(app: App):

@@ -428,6 +428,31 @@ async def test_a_resume_that_comes_late_does_not_take_a_run_back_to_where_it_was
 
 
 @on_both
+@pytest.mark.parametrize("goes", ["well", "wrong"])
+async def test_whoever_submitted_a_run_gets_the_result_of_what_another_has_resumed(
+    app: App, monkeypatch: pytest.MonkeyPatch, goes: str
+):
+    vendor = Vendor()
+    task, elsewhere = failing(vendor), failing(vendor)
+    await app.start(task)
+    task_id = await failed_run(task)
+    operator = app.operator(await app.connect(elsewhere), task_id)
+    vendor.is_broken = goes == "wrong"
+    monkeypatch.setattr(vendor, "work", vendor.hold)
+    await elsewhere.resume(task_id)
+    if goes == "well":
+        assert await task.result(task_id, timeout=20) == ["first a cup", "work", "last a cup"]
+        return
+    await status_when(task, task_id, lambda run: run.current_step == "work")
+    waiting = asyncio.create_task(task.result(task_id, timeout=20))
+    await asyncio.sleep(0.2)
+    await operator.terminate()
+    with pytest.raises(TaskFailedError) as failed:
+        await waiting
+    assert failed.value.error_type == "TerminatedError"
+
+
+@on_both
 async def test_submitting_a_resumed_run_again_finds_that_run(app: App):
     vendor = Vendor()
     task = failing(vendor)

@@ -369,14 +369,30 @@ async def test_the_status_of_a_run_that_goes_on_is_one_call_to_the_server(app: A
     assert run.completed_steps == (("generate",) if state == "in backoff" else ())
 
 
-async def test_the_result_of_a_run_that_was_submitted_here_is_waited_for_and_not_asked_for(app: App, meter: Meter):
-    @async_task
+@on_both
+@pytest.mark.parametrize("begun", ["submitted", "submitted again", "resumed"])
+async def test_the_result_of_a_run_that_was_begun_here_is_waited_for_and_not_asked_for(
+    app: App, meter: Meter, begun: str
+):
+    is_broken = begun == "resumed"
+
+    @async_task(retry_policy=NEVER_AGAIN)
     async def shoot() -> str:
+        if is_broken:
+            raise VendorError("503")
         return "shot"
 
     await app.start(shoot)
+    task_id = None
+    if begun != "submitted":
+        task_id = await shoot.submit()
+        await status_when(shoot, task_id, ended)
     await attach(meter, app, shoot)
-    task_id = await shoot.submit()
+    if is_broken:
+        is_broken = False
+        await shoot.resume(task_id)
+    else:
+        task_id = await shoot.submit(task_id=task_id)
     meter.calls()
     assert await shoot.result(task_id) == "shot"
     assert set(meter.calls()) == WAITED[app.execution]

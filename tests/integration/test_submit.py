@@ -219,6 +219,21 @@ async def test_an_id_of_some_other_workflow_is_a_conflict(app: App):
 
 
 @on_both
+@pytest.mark.parametrize("given", [[], ["cup"], [{"prompt": "cup"}]], ids=["nothing", "a text", "an object"])
+async def test_an_id_of_a_run_that_was_started_by_hand_is_a_conflict(app: App, given: list[Any]):
+    client = (await app.connect(shoot)).client
+    task_id = f"by-hand-{uuid.uuid4()}"
+    if app.execution == "workflow":
+        await client.start_workflow(shoot.workflow_type, args=given, id=task_id, task_queue=app.queue)
+    else:
+        await client.start_activity(
+            shoot.workflow_type, args=given, id=task_id, task_queue=app.queue, start_to_close_timeout=timedelta(hours=1)
+        )
+    with pytest.raises(TaskConflictError, match="submitted before with other params"):
+        await shoot.submit(Order(prompt="cup"), task_id=task_id)
+
+
+@on_both
 async def test_a_delayed_run_begins_when_its_delay_is_over(app: App):
     begun = []
 

@@ -426,6 +426,7 @@ class TestReopening:
         record = journal.open("charge")
         record.state = StepState.FAILED
         record.error = ErrorInfo("StepOutcomeUnknownError", "its outcome was lost with its worker")
+        record.once = True
         return journal
 
     def test_the_journal_itself_stays_as_it_was(self):

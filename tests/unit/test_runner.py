@@ -8,7 +8,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -1324,6 +1324,34 @@ class TestAtMostOnce:
         with pytest.raises(StepFailedError, match="who knows"):
             run.execute()
         assert run.calls_of("charge") == 2
+
+    @pytest.mark.parametrize(
+        ("error", "redo", "calls"),
+        [
+            (TimeoutError("no answer"), (), 0),
+            (TimeoutError("no answer"), ("charge",), 1),
+            (RetryableError("nothing was done"), (), 1),
+        ],
+        ids=["not by itself", "if it is named", "if nothing was done"],
+    )
+    def test_a_failed_call_is_made_again_in_a_resumed_run(self, error: Exception, redo: Sequence[str], calls: int):
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> int:
+            return await step.with_options(at_most_once=True)("charge", one)
+
+        first = TaskRun(task)
+        first.on("charge").raises(error)
+        with pytest.raises(StepFailedError) as failed:
+            first.execute()
+        assert failed.value.once is not isinstance(error, RetryableError)
+        resumed = TaskRun(task)
+        resumed.saved = first.journal.reopen(redo).snapshot()
+        if calls:
+            assert resumed.execute() == 1
+        else:
+            with pytest.raises(StepFailedError, match="no answer"):
+                resumed.execute()
+        assert resumed.calls_of("charge") == calls
 
     def test_a_call_abandoned_at_shutdown_is_not_made_again(self):
         @async_task

@@ -22,7 +22,7 @@ from temporalio.contrib.pydantic import PydanticPayloadConverter, ToJsonOptions,
 from temporalio.converter import DataConverter, PayloadCodec
 from typing_extensions import TypedDict
 
-from temporal_async_task import PayloadTooLargeError, ResultError, async_task, step
+from temporal_async_task import DecryptionError, PayloadTooLargeError, ResultError, async_task, step
 from temporal_async_task.engine.digest import digest
 from temporal_async_task.engine.journal import Journal
 from temporal_async_task.engine.values import PayloadValues
@@ -179,6 +179,10 @@ class TestPayloads:
 
     async def test_a_payload_that_nobody_can_read_is_told(self):
         with pytest.raises(ResultError, match="does not fit"):
+            await values().from_payload(Payload(metadata={"encoding": b"json/unknown"}, data=b"?"), int)
+
+    async def test_a_payload_of_a_codec_that_is_not_here_is_told_from_what_nobody_can_read(self):
+        with pytest.raises(DecryptionError, match="binary/unknown"):
             await values().from_payload(Payload(metadata={"encoding": b"binary/unknown"}, data=b"?"), int)
 
     async def test_a_value_over_the_servers_limit_is_refused_with_its_size(self):

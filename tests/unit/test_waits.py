@@ -274,13 +274,17 @@ class TestPollErrors:
         assert run.execute() == "rendered"
         assert run.calls_of("render") == 31
 
-    def test_with_a_policy_of_no_retries_it_is_not_patient(self):
+    @pytest.mark.parametrize("timeout", [None, 3600])
+    def test_with_a_policy_of_no_retries_it_is_patient_if_it_has_a_timeout(self, timeout: float | None):
         @async_task(retry_policy=RetryPolicy(max_retries=0))
         async def task() -> Any:
-            return await poll("render", render, every=10, timeout=3600)
+            return await poll("render", render, every=10, timeout=timeout)
 
         run = TaskRun(task)
-        run.on("render").raises(OSError("down"), times=9)
+        run.on("render").raises(OSError("down"), times=9).returns("rendered")
+        if timeout:
+            assert run.execute() == "rendered"
+            return
         with pytest.raises(StepFailedError, match="down"):
             run.execute()
         assert run.calls_of("render") == 1
@@ -931,3 +935,26 @@ class TestCancelledInTheBodysBackoff:
         with pytest.raises(TaskCancelledError):
             run.execute()
         assert run.elapsed <= delay
+
+
+class TestChildrenInMemory:
+    def test_a_child_that_is_not_scripted_backs_off_in_the_time_of_its_parent(self):
+        failures = [ConnectionError("not yet")] * 2
+
+        async def shoot() -> str:
+            if failures:
+                raise failures.pop()
+            return "reel"
+
+        @async_task(retry_policy=RetryPolicy(initial_delay=600, max_delay=600, jitter=0))
+        async def child() -> str:
+            await sleep("first", 600)
+            return await step("shoot", shoot)
+
+        @async_task
+        async def parent() -> str:
+            return await step.with_options(timeout=3600)("child", child.run)
+
+        run = TaskRun(parent)
+        assert run.execute() == "reel"
+        assert 1800 <= run.elapsed < 1801

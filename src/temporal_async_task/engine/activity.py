@@ -412,9 +412,12 @@ class _AttemptCarrier:
                 names = tuple(map(self._values.event_name, events))
                 hold = wire.Hold(None if due == NEVER else due, names, self._taken(journal))
                 await complete(self._client, token, wire.hold_payload(hold, await self._insist_encode(journal)))
-            case Parked(due, reason):
+            case Parked(due, reason, left=left):
                 delay = timedelta(seconds=max(due - self.now(), 0.0))
-                await self._give_back(reason, delay, await self._insist_encode(journal, ended=True))
+                how = wire.ATTEMPT_LEFT if left else wire.ATTEMPT_ENDED
+                if left:
+                    reason += f" (worker {self._client.identity!r})"
+                await self._give_back(reason, delay, await self._insist_encode(journal, ended=True), how)
             case Superseded():
                 pass
 
@@ -441,9 +444,7 @@ class _AttemptCarrier:
         details[0].metadata[wire.ATTEMPTS] = str(self._info.attempt).encode()
         await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details, wire.ATTEMPT_LEFT)
 
-    async def _give_back(
-        self, reason: str, delay: timedelta, details: Sequence[Payload], how: str = wire.ATTEMPT_ENDED
-    ) -> None:
+    async def _give_back(self, reason: str, delay: timedelta, details: Sequence[Payload], how: str) -> None:
         error = ApplicationError(
             reason,
             type=how,

@@ -283,12 +283,12 @@ class Attempt:
         """When the run must have ended. A cancelled one has none: it is its cleanup that has a bound."""
         return None if self._cancelled else self.settings.deadline
 
-    def _parked(self, due: float, reason: str, events: tuple[str, ...] = ()) -> Outcome:
+    def _parked(self, due: float, reason: str, events: tuple[str, ...] = (), *, left: bool = False) -> Outcome:
         if self._deadline is not None and due >= self._deadline:
             if not events:
                 return Failed(self._timeout_error())
             due = self._deadline  # the event may come before
-        return Parked(due, reason, events)
+        return Parked(due, reason, events, left)
 
     def _timeout_error(self) -> TaskTimeoutError:
         current = ", ".join(repr(record.key) for record in self.journal if record.result is None)

@@ -6,9 +6,9 @@ Needs no worker: all answers are the server's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from temporal_async_task.errors import (
 )
 from temporal_async_task.status import TaskResult, TaskStatus
 
-_REMEMBERED = 10_000  # submitted runs, which ``wait`` need not look for
+_REMEMBERED = 10_000  # runs that were started here, which ``wait`` need not look for
 _UNQUOTABLE = re.compile(r"""['"\\]""")
 
 
@@ -69,7 +69,7 @@ class Backend(ABC):
             self._home: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:  # a client that is set before any loop runs
             self._home = None
-        self._submitted: dict[tuple[str, str], str] = {}
+        self._started: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     @property
     def client(self) -> Client:
@@ -80,10 +80,12 @@ class Backend(ABC):
         return PayloadValues(self._converter, self._client.namespace, task_id, self._home)
 
     def _remember(self, task: TaskAddress, task_id: str, run_id: str) -> None:
-        """Note the server's own id of a run that was started here."""
-        self._submitted[task.workflow_type, task_id] = run_id
-        if len(self._submitted) > _REMEMBERED:
-            del self._submitted[next(iter(self._submitted))]
+        """Note the server's own id of a run that was started here. Called in any thread."""
+        key = task.workflow_type, task_id
+        self._started[key] = run_id
+        self._started.move_to_end(key)
+        if len(self._started) > _REMEMBERED:
+            self._started.popitem(last=False)
 
     @abstractmethod
     async def start(
@@ -103,10 +105,12 @@ class Backend(ABC):
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """Of a run that has ended, however long that takes, how: status, result and error."""
-        run_id = self._submitted.get((task.workflow_type, task_id))
+        run_id = self._started.get((task.workflow_type, task_id))
         if run_id is not None:
-            with contextlib.suppress(TaskNotFoundError):  # its retention is over, and its id may be in use again
+            try:
                 return await self._wait_for(task, task_id, run_id)
+            except TaskNotFoundError:  # its retention is over, and its id may be in use again
+                self._started.pop((task.workflow_type, task_id), None)
         return await self._wait_for(task, task_id, await self._run_id(task, task_id))
 
     @abstractmethod
@@ -143,17 +147,21 @@ class Backend(ABC):
         values = self._values(task_id)
         try:
             plain = values.check(params, task.params_type)
+            ours = digest(plain, params)  # first: a codec may work in place
             payload = await values.stored(plain)
         except ResultError as error:
             raise ParamsError(f"The params of task {task.name!r} do not fit: {error}") from error
         except PayloadTooLargeError as error:
             raise PayloadTooLargeError(f"The params of task {task.name!r}: {error}") from None
-        ours = digest(plain, params)
         return EncodedParams(payload, ours, await values.seal_text(ours))
 
-    async def _check_params(self, task_id: str, run: wire.TaskInput, digest: str) -> None:
-        """Refuse an id whose run was started with other params than those of the digest."""
-        if await self._values(task_id).unseal_text(run.digest) != digest:
+    async def _check_params(self, task_id: str, started_with: Sequence[Payload], ours: str) -> None:
+        """Refuse an id whose run was started with other params than those whose digest is ``ours``."""
+        try:
+            sealed = wire.TaskInput.from_payload(started_with[0]).digest
+        except (IndexError, TypeError, ValueError):  # started by hand
+            sealed = ""
+        if await self._values(task_id).unseal_digest(sealed) != ours:
             raise TaskConflictError(
                 f"The task id {task_id!r} was submitted before with other params. A task id stands for one run with "
                 f"one set of params: choose another id, or submit the same params."

@@ -14,7 +14,7 @@ from temporalio.exceptions import FailureError
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, StepRecord
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT, task_activity
-from temporal_async_task.errors import ResultError, StorageError
+from temporal_async_task.errors import ConfigError, ResultError, StorageError
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -206,8 +206,14 @@ async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     """The journal's header; an empty journal where there is none."""
     if not header or wire.is_nothing_begun(header[0]):
         return Journal()
-    [plain] = await values.decode_raw(list(header))
-    return Journal.of_header(plain.data)
+    plain = await values.decode_header(header[0])
+    try:
+        return Journal.of_header(plain)
+    except ValueError as error:
+        raise ConfigError(
+            f"The status of a run cannot be read here: {error}. This process needs the workers' version of "
+            f"temporal-async-task, and their data_converter."
+        ) from error
 
 
 def _picture(task_id: str, status: TaskStatus, info: _Info, journal: Journal, **fields: Any) -> TaskResult[Any]:

@@ -88,6 +88,8 @@ class StepRecord:
     error: ErrorInfo | None = None
     child: str | None = None
     """The id of the run that this step has submitted, if it is a child."""
+    once: bool = False
+    """With ``at_most_once``: its call was made, or may have been, and no error has said that nothing was done."""
     result: bytes | None = None
 
     @property
@@ -99,7 +101,7 @@ class StepRecord:
         error = self.error
         if error is not None and len(error.message) > max_error_text:
             error = ErrorInfo(error.type, error.message[:max_error_text])
-        return [
+        fields = [
             self.key,
             self.state.value,
             self.calls,
@@ -111,14 +113,26 @@ class StepRecord:
             error,
             self.child,
         ]
+        return [*fields, True] if self.once else fields
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> StepRecord:
         # Another version of this library may have written fewer fields, or more: both can be in use during a deploy.
-        padded: list[Any] = [*fields, *[None] * 10]
-        key, state, calls, failures, lost, started, finished, due, error, child = padded[:10]
-        error = ErrorInfo(*error) if error else None
-        return cls(key, StepState(state), calls or 0, failures or 0, lost or 0, started, finished, due, error, child)
+        padded: list[Any] = [*fields, *[None] * 11]
+        key, state, calls, failures, lost, started, finished, due, error, child, once = padded[:11]
+        return cls(
+            key,
+            StepState(state),
+            calls or 0,
+            failures or 0,
+            lost or 0,
+            started,
+            finished,
+            due,
+            ErrorInfo(*error) if error else None,
+            child,
+            bool(once),
+        )
 
 
 @dataclass(slots=True)
@@ -225,8 +239,8 @@ class Journal:
     def reopen(self, redo: Iterable[str] = ()) -> Journal:
         """A journal for another try: steps that failed, and those to ``redo``, start anew; all other results stay.
 
-        A step that was running stays so, and one whose outcome is unknown stays failed: with ``at_most_once`` it is not
-        called a second time, unless ``redo`` names it. One that waits goes on waiting until the same time.
+        A step that was running stays so, and one that failed with ``at_most_once`` stays failed: it is not called a
+        second time, unless ``redo`` names it. One that waits goes on waiting until the same time.
 
         Raises:
             KeyError: One of ``redo`` is not known.
@@ -241,7 +255,7 @@ class Journal:
         for record in self._open.values():
             if record.key in again:
                 continue
-            if record.state is StepState.FAILED and record.error and record.error.type == "StepOutcomeUnknownError":
+            if record.state is StepState.FAILED and record.once:
                 fresh._add_open(replace(record))
             elif record.state in {StepState.RUNNING, StepState.WAITING}:
                 fresh._add_open(replace(record, failures=0, lost=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from concurrent.futures import Future
@@ -28,8 +29,12 @@ T = TypeVar("T")
 class _Memory:
     """A carrier that keeps nothing: there is no attempt after this one."""
 
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._offset = time.time() - self._loop.time()
+
     def now(self) -> float:
-        return time.time()
+        return self._offset + self._loop.time()  # in a test, that of a run in memory, whose time is virtual
 
     def apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
         done: Future[T] = Future()

@@ -31,6 +31,8 @@ class Parked:
     due: float
     reason: str
     events: tuple[str, ...] = ()
+    left: bool = False
+    """This worker cannot serve the run; another may."""
 
 
 @dataclass(frozen=True, slots=True)

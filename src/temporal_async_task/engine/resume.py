@@ -55,9 +55,8 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
 
 async def start_of(client: Client, workflow_id: str) -> WorkflowExecutionStartedEventAttributes:
     """What a workflow was started with."""
-    async for event in client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
-        return event.workflow_execution_started_event_attributes
-    raise ValueError("The run has no history")
+    events = client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1)
+    return (await anext(events)).workflow_execution_started_event_attributes
 
 
 async def sent_events(client: Client, execution: WorkflowExecution, until: float) -> dict[str, Payload]:

@@ -258,8 +258,10 @@ class Runner(Attempt):
             record.calls += 1
             record.failures += 1
             record.error = ErrorInfo.of(error)
-            # A poll that has a timeout is patient until then with what is worth another try at all.
-            counted = min(record.failures, max(policy.max_retries, 1)) if patient else record.failures
+            counted = record.failures
+            if patient:  # until its timeout, with what is worth another try at all: to ask again is to pay for nothing
+                policy = replace(policy, max_retries=max(policy.max_retries, 1))
+                counted = min(counted, policy.max_retries)
             decision = decide(error, policy, counted)
             if not decision.retry:
                 await self._give_up(record, record.error, error)
@@ -331,6 +333,7 @@ class Runner(Attempt):
         error = recorded_failure(record)
         if isinstance(error, StepFailedError):
             error.idempotency_key = idempotency_key(self.settings.origin, record.key)
+            error.once = record.once
         return error
 
     def _opened(self, key: str) -> StepRecord:
@@ -383,6 +386,7 @@ class Runner(Attempt):
         record.state, record.due = StepState.RUNNING, None
         self._started(record)
         if call.options.at_most_once:
+            record.once = True
             await self._checkpoint()
         else:
             self._note()
@@ -498,9 +502,9 @@ class Runner(Attempt):
             raise type(error)(f"Step {record.key!r}: {error}") from error
         except Exception as error:
             # A codec's key that this worker does not have, a store that it cannot reach: another may.
-            reason = f"the result of step {record.key!r} cannot be read: {type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: the result of step {record.key!r} cannot be read: {error}"
             logger.warning("Task run %s is left to another worker: %s", self.settings.task_id, reason)
-            self._end(self._parked(self._carrier.now() + UNREADABLE_DELAY, reason))
+            self._end(self._parked(self._carrier.now() + UNREADABLE_DELAY, reason, left=True))
             raise Unwind from error
 
     async def _failed(self, call: StepCall, record: StepRecord, policy: RetryPolicy, error: Exception) -> None:
@@ -508,7 +512,9 @@ class Runner(Attempt):
         record.failures += 1
         record.error = ErrorInfo.of(error)
         decision = decide(error, policy, record.failures)
-        if decision.retry and call.options.at_most_once and not isinstance(error, RetryableError):
+        if isinstance(error, RetryableError):
+            record.once = False
+        elif decision.retry and call.options.at_most_once:
             decision = RetryDecision(retry=False, delay=0.0, reason="at most once")
         self._log_failure(f"step {record.key!r}", record.error, decision)
         if not decision.retry:

@@ -13,7 +13,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from temporalio.api.activity.v1 import ActivityExecutionInfo, ActivityExecutionOutcome, ActivityOptions
+from temporalio.api.activity.v1 import (
+    ActivityExecutionInfo,
+    ActivityExecutionListInfo,
+    ActivityExecutionOutcome,
+    ActivityOptions,
+)
 from temporalio.api.common.v1 import ActivityType, Header, Payload, Payloads
 from temporalio.api.common.v1 import Priority as PriorityMessage
 from temporalio.api.enums.v1 import ActivityExecutionStatus as Status
@@ -112,7 +117,8 @@ class StandaloneBackend(Backend):
                 found = await self._found(task, task_id, given=True)
             except TaskNotFoundError:
                 raise is_anothers(task_id) from None
-            await self._check_params(task_id, wire.TaskInput.from_payload(found.input.payloads[0]), encoded.digest)
+            await self._check_params(task_id, found.input.payloads, encoded.digest)
+            self._remember(task, task_id, found.run_id)
         else:
             self._remember(task, task_id, started.run_id)
 
@@ -199,7 +205,14 @@ class StandaloneBackend(Backend):
         return await failed_activity(task_id, found, values)
 
     async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
-        query = of_type("ActivityType", task) + ("" if status is None else f" AND {_QUERIES[status]}")
+        async for run in self.runs(of_type("ActivityType", task), status):
+            if run.activity_type.name == task.workflow_type:
+                yield run.activity_id
+
+    async def runs(self, query: str, status: TaskStatus | None) -> AsyncIterator[ActivityExecutionListInfo]:
+        """The runs that a visibility query finds, newest first. Of a status as far as visibility can tell."""
+        if status is not None:
+            query += f" AND {_QUERIES[status]}"
         request = ListActivityExecutionsRequest(namespace=self._client.namespace, page_size=_PAGE, query=query)
         seen: set[str] = set()  # a run that was resumed stands there more than once
         while True:
@@ -210,9 +223,9 @@ class StandaloneBackend(Backend):
             # The server puts those first that go on, and then those that ended last.
             begun = sorted(page.executions, key=lambda run: run.schedule_time.ToNanoseconds(), reverse=True)
             for run in begun:
-                if run.activity_id not in seen and run.activity_type.name == task.workflow_type:
+                if run.activity_id not in seen:
                     seen.add(run.activity_id)
-                    yield run.activity_id
+                    yield run
             if not page.next_page_token:
                 return
             request.next_page_token = page.next_page_token

@@ -21,18 +21,30 @@ from temporalio.api.common.v1 import Payload
 from temporalio.api.failure.v1 import Failure
 from temporalio.common import RawValue
 from temporalio.contrib.pydantic import PydanticPayloadConverter
-from temporalio.converter import DataConverter, WorkflowSerializationContext
+from temporalio.converter import CompositePayloadConverter, DataConverter, WorkflowSerializationContext
 from temporalio.exceptions import ApplicationError, FailureError
 
 from temporal_async_task.engine import external, wire
 from temporal_async_task.engine.exact import exact_json
 from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.engine.signatures import name_of
-from temporal_async_task.errors import AsyncTaskError, PayloadTooLargeError, ResultError, StorageError
+from temporal_async_task.errors import (
+    AsyncTaskError,
+    DecryptionError,
+    PayloadTooLargeError,
+    ResultError,
+    StorageError,
+)
 
 MAX_PAYLOAD = 2 * 1024 * 1024 - 16 * 1024
 """Bytes. The server refuses payloads over 2 MB; the margin is for what is sent around it."""
 
+_PLAIN = {b"binary/null", b"binary/plain", b"binary/protobuf"}
+"""Encodings that are no codec's, and known to each converter."""
+_NO_CODEC = (
+    "this process does not have its codec. Give its component the data_converter of the others (and the command "
+    "async-task your application, by --app)."
+)
 _SEALED = "asyncTaskSealed:"
 """How a short text of the engine's begins that went through the codec."""
 
@@ -151,10 +163,11 @@ class PayloadValues:
         """The payload as it was before codec and external storage.
 
         Raises:
+            DecryptionError: It went through a codec that is not here.
             Exception: What they raise, as for a key that is not there. It says nothing of the value.
         """
         if not self.has_codec and not external.is_reference(payload):
-            return payload
+            return self._decoded(payload)
         try:
             [raw] = await self._converter.decode([external.transparent(payload)], [RawValue])
         except AsyncTaskError:
@@ -164,7 +177,18 @@ class PayloadValues:
                 raise
             # Without the storage at all, or without the driver, the SDK's own error.
             raise StorageError(f"an externally stored value cannot be fetched here: {error}") from error
-        return cast("RawValue", raw).payload
+        return self._decoded(cast("RawValue", raw).payload)
+
+    def _decoded(self, payload: Payload) -> Payload:
+        """Refuse what is still encoded, by the name that codecs give to that: ``binary/`` and something."""
+        encoding = payload.metadata.get("encoding", b"")
+        if encoding.startswith(b"binary/") and encoding not in _PLAIN:
+            converter = self._converter.payload_converter_class()  # the instance has a wrapper around it
+            if isinstance(converter, CompositePayloadConverter) and encoding not in converter.converters:
+                raise DecryptionError(
+                    f"A stored value has the encoding {encoding.decode(errors='replace')!r}, and {_NO_CODEC}"
+                )
+        return payload
 
     def convert(self, readable: Payload, type_hint: Any = None) -> Any:
         """The value of a readable payload.
@@ -200,8 +224,17 @@ class PayloadValues:
         if not payloads or wire.is_nothing_begun(payloads[0]):
             return Journal()
         header, results = payloads
+        return Journal.restore(Snapshot(await self.decode_header(header), results.data))
+
+    async def decode_header(self, header: Payload) -> bytes:
+        """A journal's header.
+
+        Raises:
+            DecryptionError: It went through a codec that is not here.
+            Exception: What the codec raises.
+        """
         [plain] = await self.decode_raw([header])
-        return Journal.restore(Snapshot(plain.data, results.data))
+        return self._decoded(plain).data
 
     async def encode_raw(self, payloads: list[Payload]) -> list[Payload]:
         """Payloads of the engine's own, through the application's codec."""
@@ -228,7 +261,19 @@ class PayloadValues:
         except (binascii.Error, DecodeError):  # written by hand
             return text
         [plain] = await self.decode_raw([payload])
-        return plain.data.decode()
+        return self._decoded(plain).data.decode()
+
+    async def unseal_digest(self, text: str) -> str:
+        """The digest that ``seal_text`` was given.
+
+        Raises:
+            DecryptionError: It went through a codec that is not here.
+            Exception: What the codec raises.
+        """
+        digest = await self.unseal_text(text)
+        if digest.startswith(_SEALED):
+            raise DecryptionError(f"What the params of a run were is encoded, and {_NO_CODEC}")
+        return digest
 
     def event_name(self, key: str) -> str:
         """What the server calls an event. With a codec it is a digest, as the workflow compares names in clear."""
@@ -260,7 +305,7 @@ class PayloadValues:
         return copy
 
     def check(self, value: Any, type_hint: Any) -> Payload:
-        """The payload of a value that a worker will be able to decode, before any codec; for its digest.
+        """The payload of a value that a worker will be able to decode, before any codec.
 
         Raises:
             ResultError: It cannot be serialised, or what a worker would decode does not fit ``type_hint``.

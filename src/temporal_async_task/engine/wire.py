@@ -45,7 +45,7 @@ NOTHING_BEGUN = "asyncTaskNothingBegun"
 ATTEMPT_ENDED = "AttemptEnded"
 """Type of the failure that gives an attempt back."""
 ATTEMPT_LEFT = "AttemptLeft"
-"""Type of the failure that gives an attempt back untouched: its worker could not serve the run."""
+"""Type of the failure that gives an attempt back because its worker cannot serve the run."""
 CANCELLED = "TaskCancelledError"
 """Type of the failure that ends a cancelled run."""
 

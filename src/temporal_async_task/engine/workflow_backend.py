@@ -87,12 +87,14 @@ class WorkflowBackend(Backend):
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 priority=priority,
             )
-        except WorkflowAlreadyStartedError:
+        except WorkflowAlreadyStartedError as error:
             await self._check_same(task, task_id, encoded.digest)
+            run_id = error.run_id
         except RPCError as error:
             raise translated(error, self._client) from error
         else:
-            self._remember(task, task_id, started.result_run_id or "")
+            run_id = started.result_run_id
+        self._remember(task, task_id, run_id or "")
 
     async def _check_same(self, task: TaskAddress, task_id: str, digest: str) -> None:
         try:
@@ -103,7 +105,7 @@ class WorkflowBackend(Backend):
             raise translated(error, self._client) from error
         if started.workflow_type.name != task.workflow_type:
             raise is_anothers(task_id)
-        await self._check_params(task_id, wire.TaskInput.from_payload(started.input.payloads[0]), digest)
+        await self._check_params(task_id, started.input.payloads, digest)
 
     async def status(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
         """One call to the server while the run goes on, two after its end."""
@@ -125,8 +127,12 @@ class WorkflowBackend(Backend):
         values = self._values(task_id)
         try:
             result = (await handle.result()).payload
-        except WorkflowFailureError:  # it may have been resumed since
-            return await self._ended(task, task_id, await self._found(task, task_id), values)
+        except WorkflowFailureError:
+            found = await self._found(task, task_id)
+            info = found.workflow_execution_info
+            if info.status in _RUNNING:  # it was resumed since
+                return await self._wait_for(task, task_id, info.execution.run_id)
+            return await self._ended(task, task_id, found, values)
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
                 raise unknown_anywhere(task_id) from None

@@ -361,7 +361,7 @@ def _failure_of(error: BaseException, policy: RetryPolicy) -> _Failure:
 def _is_retryable(error: BaseException, policy: RetryPolicy) -> bool:
     """Whether the whole run may be worth another try later: whether its last error was out of tries, not hopeless."""
     if isinstance(error, StepFailedError):
-        if type(error).__name__ in NOT_AGAIN or error.error_type in NOT_AGAIN:
+        if error.once or type(error).__name__ in NOT_AGAIN or error.error_type in NOT_AGAIN:
             return False
         if error.__cause__ is None:  # an attempt that comes later knows it by its name, and how often it was tried
             return error.attempts > policy.max_retries
