@@ -367,17 +367,18 @@ class TemporalAsyncTask(Generic[P, R]):
     async def resume(self, task_id: str, *, redo: Collection[str] = ()) -> str:
         """Have a run that failed or was cancelled go on from its last finished step, with the same id and params.
 
-        Steps that failed get all of their tries anew. The task's ``timeout`` begins anew, too.
+        Steps that failed get all of their tries anew, but for those with ``at_most_once``. The task's ``timeout`` begins
+        anew, too.
 
         Args:
             task_id: The run's id.
-            redo: Keys of finished steps that are to be done again.
+            redo: Keys of steps that are to be done again: finished ones, or failed ones with ``at_most_once``.
 
         Returns:
             The run's id.
 
         Raises:
-            TaskConflictError: The run is going on, has completed, or has no finished step of ``redo``.
+            TaskConflictError: The run is going on, has completed, or has no step of ``redo``.
             TaskNotFoundError: No run of this task has the id.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.

@@ -18,6 +18,7 @@ from temporal_async_task import (
     ReportError,
     ReportRefusedError,
     Result,
+    RetryableError,
     RetryPolicy,
     Step,
     StepUsageError,
@@ -217,6 +218,20 @@ async def test_a_step_that_fails_is_told_with_whether_another_try_may_help(app: 
     told = await failing_body(app, application, body)
     assert told["error"] == "Step 'call' failed after 4 attempts: ConnectionError: down"
     assert (told["error_type"], told["retryable"]) == ("StepFailedError", True)
+
+
+@pytest.mark.parametrize(("error", "helps"), [(ConnectionError, False), (RetryableError, True)])
+async def test_a_step_of_at_most_once_is_not_tried_again_later_unless_nothing_was_done(
+    app: App, application: Application, error: type[Exception], helps: bool
+):
+    def busy(n: int) -> int:
+        raise error("down")
+
+    async def body(n: int) -> int:
+        return await step.with_options(at_most_once=True, retry_policy=NO_RETRY)("call", busy, n)
+
+    told = await failing_body(app, application, body)
+    assert (told["error_type"], told["retryable"]) == ("StepFailedError", helps)
 
 
 async def test_a_body_that_fails_for_good_is_not_called_again_for_its_report(app: App, application: Application):

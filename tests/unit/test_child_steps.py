@@ -42,6 +42,7 @@ class Film:
         self.on_cancel: list[Callable[[], Awaitable[None]]] = []
         self.on_resume: list[Callable[[], Awaitable[None]]] = []
         self.is_ready = False
+        self.is_broken = False
         self.refuses_ids = False
 
     async def __call__(self, params: Any = None) -> str:
@@ -60,6 +61,8 @@ class Film:
     async def get_status(self, task_id: str) -> TaskResult[str]:
         if task_id not in self.runs:
             raise TaskNotFoundError(f"There is no run {task_id!r} of task 'film'.")
+        if self.is_broken:
+            self.set(task_id, TaskStatus.FAILED, error_type="OSError", error="503")
         if self.is_ready and self.runs[task_id].status is TaskStatus.PROCESSING:
             self.set(task_id, TaskStatus.COMPLETED, result="reel")
         return self.runs[task_id]
@@ -250,6 +253,22 @@ class TestResuming:
 
     def test_a_child_that_was_cancelled_with_its_parent_is_resumed_with_it(self, film: Film, resumed: TaskRun[str]):
         film.is_ready = True
+        assert resumed.execute() == "reel"
+        assert film.asked == ["resume"]
+
+    def test_a_child_that_has_failed_is_resumed_though_its_step_is_one_of_at_most_once(self, film: Film):
+        @async_task
+        async def parent() -> str:
+            return await step.with_options(at_most_once=True)("film", film.run, "a cat")
+
+        first: TaskRun[str] = TaskRun(parent)
+        film.is_broken = True
+        with pytest.raises(StepFailedError, match="TaskFailedError"):
+            first.execute(max_attempts=100)
+        film.is_broken, film.is_ready = False, True
+        film.asked.clear()
+        resumed: TaskRun[str] = TaskRun(parent)
+        resumed.saved = first.journal.reopen().snapshot()
         assert resumed.execute() == "reel"
         assert film.asked == ["resume"]
 

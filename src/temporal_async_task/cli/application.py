@@ -227,9 +227,7 @@ def cancel(
 def resume(
     task_id: TaskId,
     *,
-    redo: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="A finished step to do again; may be repeated.")
-    ] = None,
+    redo: Annotated[list[str] | None, typer.Option(metavar="KEY", help="A step to do again; may be repeated.")] = None,
     wait: Wait = False,
     timeout: Timeout = None,
     app: AppOption = None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DescribeActivityExecutionRequest, DescribeWorkflowExecutionRequest
@@ -14,11 +15,12 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.cli.exits import CommandError, ExitStatus
 from temporal_async_task.engine import wire
+from temporal_async_task.engine.backend import of_type
 from temporal_async_task.engine.client import raw_client, translated
 from temporal_async_task.engine.resume import find_remains
-from temporal_async_task.engine.standalone import StandaloneBackend
+from temporal_async_task.engine.standalone import ServerTooOldError, StandaloneBackend
 from temporal_async_task.engine.workflow_backend import QUERIES
-from temporal_async_task.errors import ConfigError, TaskNotFoundError
+from temporal_async_task.errors import TaskNotFoundError
 from temporal_async_task.task import Execution, TemporalAsyncTask
 
 if TYPE_CHECKING:
@@ -31,7 +33,16 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 10
 """So many statuses are asked for at the same time."""
-_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A run, as the server's list has it."""
+
+    begun: datetime
+    name: str
+    task_id: str
+    execution: Execution
 
 
 def task_of_app(app: Application, name: str, command: str) -> AnyTask:
@@ -143,58 +154,43 @@ def task_name(workflow_type: str) -> str | None:
 
 
 async def newest(app: Application, name: str | None, status: TaskStatus | None) -> AsyncGenerator[Run]:
-    """Runs, newest first; of more than a thousand, those that go on before those that have ended.
+    """Runs, newest first, a resumed one by its resume; of more than a thousand, those that go on come first.
 
     Args:
-        app: The application. Of a task that it does not have, both ways in which runs can be carried are looked at.
+        app: The application. Both ways in which runs can be carried are looked at.
         name: Only runs of this task.
         status: Only runs with this status.
     """
-    task = None if name is None else app.task(name)
-    if task is not None:
-        sources = [_of_task(task, status)]
-    elif name is not None:
-        sources = [_of_task(known_task(app, name, execution=way), status) for way in get_args(Execution)]
-    else:
-        sources = [
-            _told(app, "workflow", _workflows(app, status), status),
-            _told(app, "activity", _activities(app, status), status),
-        ]
-    heads = {source: await anext(source, None) for source in sources}
+    sources = [_told(app, found, status) for found in (_workflows(app, name, status), _activities(app, name, status))]
     try:
+        heads = {source: await anext(source, None) for source in sources}
         while left := {source: head for source, head in heads.items() if head is not None}:
-            newest_of = max(left, key=lambda source: left[source][1].created_at or _LONG_AGO)
-            yield left[newest_of]
-            heads[newest_of] = await anext(newest_of, None)
+            source = max(left, key=lambda source: left[source][0])
+            _, task, run = left[source]
+            yield task, run
+            heads[source] = await anext(source, None)
     finally:
         for source in sources:
             await source.aclose()
 
 
-async def _of_task(task: AnyTask, status: TaskStatus | None) -> AsyncGenerator[Run]:
-    with _unless_there_are_none(task.execution):
-        async for run in task.list(status=status, limit=None):
-            yield task, run
-
-
 async def _told(
-    app: Application, execution: Execution, found: AsyncIterator[tuple[str, str]], status: TaskStatus | None
-) -> AsyncGenerator[Run]:
-    """The statuses of the runs whose tasks' names and ids are found."""
-    with _unless_there_are_none(execution):
-        while some := await _some_of(found):
-            tasks = [known_task(app, name, execution=execution) for name, _ in some]
-            runs = await asyncio.gather(
-                *(_status_or_none(task, task_id) for task, (_, task_id) in zip(tasks, some, strict=True))
-            )
-            for task, run in zip(tasks, runs, strict=True):
-                # The server's list does not tell whether a run has begun, nor that one was resumed since.
-                if run is not None and status in {None, run.status}:
-                    yield task, run
+    app: Application, found: AsyncIterator[_Found], status: TaskStatus | None
+) -> AsyncGenerator[tuple[datetime, AnyTask, TaskResult[Any]]]:
+    """The statuses of the runs that are found."""
+    while some := await _some_of(found):
+        tasks = [known_task(app, one.name, execution=one.execution) for one in some]
+        runs = await asyncio.gather(
+            *(_status_or_none(task, one.task_id) for task, one in zip(tasks, some, strict=True))
+        )
+        for task, one, run in zip(tasks, some, runs, strict=True):
+            # The server's list does not tell whether a run has begun, nor that one was resumed since.
+            if run is not None and status in {None, run.status}:
+                yield one.begun, task, run
 
 
-async def _some_of(found: AsyncIterator[tuple[str, str]]) -> list[tuple[str, str]]:
-    some: list[tuple[str, str]] = []
+async def _some_of(found: AsyncIterator[_Found]) -> list[_Found]:
+    some: list[_Found] = []
     async for one in found:
         some.append(one)
         if len(some) == _AT_ONCE:
@@ -202,19 +198,9 @@ async def _some_of(found: AsyncIterator[tuple[str, str]]) -> list[tuple[str, str
     return some
 
 
-@contextlib.contextmanager
-def _unless_there_are_none(execution: Execution) -> Generator[None]:
-    """Take a server that is too old for standalone activities as one that has none."""
-    try:
-        yield
-    except ConfigError:
-        if execution == "workflow":
-            raise
-
-
-async def _workflows(app: Application, status: TaskStatus | None) -> AsyncIterator[tuple[str, str]]:
+async def _workflows(app: Application, name: str | None, status: TaskStatus | None) -> AsyncIterator[_Found]:
     client = app.component.client
-    clauses = f"WorkflowType STARTS_WITH '{wire.WORKFLOW_PREFIX}' AND ExecutionStatus != 'ContinuedAsNew'"
+    clauses = f"{_of_tasks('WorkflowType', name)} AND ExecutionStatus != 'ContinuedAsNew'"
     pages = client.list_workflows(clauses if status is None else f"{clauses} AND {QUERIES[status]}", page_size=1000)
     seen: set[str] = set()
     while True:
@@ -222,19 +208,28 @@ async def _workflows(app: Application, status: TaskStatus | None) -> AsyncIterat
             await pages.fetch_next_page()
         except RPCError as error:
             raise translated(error, client) from error
-        page = sorted(pages.current_page or (), key=lambda one: one.start_time, reverse=True)
-        for one in page:
-            if one.id not in seen:
+        for one in sorted(pages.current_page or (), key=lambda one: one.start_time, reverse=True):
+            of = task_name(one.workflow_type) or ""
+            if one.id not in seen and name in {None, of}:
                 seen.add(one.id)
-                yield task_name(one.workflow_type) or "", one.id
+                yield _Found(one.start_time, of, one.id, "workflow")
         if not pages.next_page_token:
             return
 
 
-async def _activities(app: Application, status: TaskStatus | None) -> AsyncIterator[tuple[str, str]]:
-    backend = StandaloneBackend(app.component.client)
-    async for run in backend.runs(f"ActivityType STARTS_WITH '{wire.WORKFLOW_PREFIX}'", status):
-        yield task_name(run.activity_type.name) or "", run.activity_id
+async def _activities(app: Application, name: str | None, status: TaskStatus | None) -> AsyncIterator[_Found]:
+    with contextlib.suppress(ServerTooOldError):  # then there are none
+        async for one in StandaloneBackend(app.component.client).runs(_of_tasks("ActivityType", name), status):
+            of = task_name(one.activity_type.name) or ""
+            if name in {None, of}:
+                yield _Found(one.schedule_time.ToDatetime(UTC), of, one.activity_id, "activity")
+
+
+def _of_tasks(attribute: str, name: str | None) -> str:
+    """A query's clause for the runs of a task, or of all."""
+    if name is None:
+        return f"{attribute} STARTS_WITH '{wire.WORKFLOW_PREFIX}'"
+    return of_type(attribute, wire.WORKFLOW_PREFIX + name)
 
 
 async def _status_or_none(task: AnyTask, task_id: str) -> TaskResult[Any] | None:

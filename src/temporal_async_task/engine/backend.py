@@ -82,8 +82,8 @@ class Backend(ABC):
     def _remember(self, task: TaskAddress, task_id: str, run_id: str) -> None:
         """Note the server's own id of a run that was started here. Called in any thread."""
         key = task.workflow_type, task_id
+        self._started.pop(key, None)
         self._started[key] = run_id
-        self._started.move_to_end(key)
         if len(self._started) > _REMEMBERED:
             self._started.popitem(last=False)
 
@@ -175,15 +175,15 @@ class Backend(ABC):
             return (await self._values(task_id).decode_journal(journal)).reopen(redo)
         except KeyError as error:
             raise TaskConflictError(
-                f"Run {task_id!r} of task {task.name!r} has no finished step {error.args[0]!r} to do again."
+                f"Run {task_id!r} of task {task.name!r} has no step {error.args[0]!r} to do again."
             ) from None
 
 
-def of_type(attribute: str, task: TaskAddress) -> str:
+def of_type(attribute: str, workflow_type: str) -> str:
     """A visibility query's clause for the runs of a task, and perhaps of others whose names begin alike."""
     # The server's SQL stores find no text with quotes or backslashes, however they are escaped.
-    plain = _UNQUOTABLE.split(task.workflow_type, maxsplit=1)[0]
-    comparison = "=" if plain == task.workflow_type else "STARTS_WITH"
+    plain = _UNQUOTABLE.split(workflow_type, maxsplit=1)[0]
+    comparison = "=" if plain == workflow_type else "STARTS_WITH"
     return f"{attribute} {comparison} '{plain}'"
 
 

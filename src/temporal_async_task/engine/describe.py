@@ -14,7 +14,7 @@ from temporalio.exceptions import FailureError
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.journal import Journal, StepRecord
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT, task_activity
-from temporal_async_task.errors import ConfigError, ResultError, StorageError
+from temporal_async_task.errors import DecryptionError, ResultError, StorageError
 from temporal_async_task.status import StepState, StepStatus, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ async def _journal(header: Sequence[Payload], values: PayloadValues) -> Journal:
     try:
         return Journal.of_header(plain)
     except ValueError as error:
-        raise ConfigError(
+        raise DecryptionError(
             f"The status of a run cannot be read here: {error}. This process needs the workers' version of "
             f"temporal-async-task, and their data_converter."
         ) from error

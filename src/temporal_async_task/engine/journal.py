@@ -120,18 +120,10 @@ class StepRecord:
         # Another version of this library may have written fewer fields, or more: both can be in use during a deploy.
         padded: list[Any] = [*fields, *[None] * 11]
         key, state, calls, failures, lost, started, finished, due, error, child, once = padded[:11]
+        info = ErrorInfo(*error) if error else None
+        once = bool(once) or (info is not None and info.type == "StepOutcomeUnknownError")
         return cls(
-            key,
-            StepState(state),
-            calls or 0,
-            failures or 0,
-            lost or 0,
-            started,
-            finished,
-            due,
-            ErrorInfo(*error) if error else None,
-            child,
-            bool(once),
+            key, StepState(state), calls or 0, failures or 0, lost or 0, started, finished, due, info, child, once
         )
 
 

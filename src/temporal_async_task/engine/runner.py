@@ -139,6 +139,8 @@ class Runner(Attempt):
             return await self.step(replace(call, call=child.__call__, kwargs={}))
         options = dict(call.kwargs)
         timeout = options.pop("timeout", None)
+        # It is submitted once in any case, by its id; and a look at it is no call.
+        call = replace(call, options=replace(call.options, at_most_once=False))
         child_id = options.get("task_id") or idempotency_key(self.settings.origin, call.key)
 
         async def look() -> _Ready | None:
@@ -168,9 +170,8 @@ class Runner(Attempt):
             try:
                 record = await self._find(call.key)
                 if record.state is not StepState.COMPLETED:
-                    await self._poll(
-                        replace(call, call=look, args=(), kwargs={}), record, _child_pause, timeout and seconds(timeout)
-                    )
+                    looks = replace(call, call=look, args=(), kwargs={})
+                    await self._poll(looks, record, _child_pause, timeout and seconds(timeout), patient=True)
             except asyncio.CancelledError:
                 begun = self.journal.get(call.key)
                 if self._cancelled and begun is not None and begun.child is not None and begun.finished is None:
@@ -220,15 +221,20 @@ class Runner(Attempt):
         with self._in_flight(call.key, "poll"):
             record = await self._find(call.key)
             if record.state is not StepState.COMPLETED:
-                await self._poll(call, record, every, timeout)
+                await self._poll(call, record, every, timeout, patient=timeout is not None)
             return await self._answer(record, hint)
 
     async def _poll(
-        self, call: StepCall, record: StepRecord, every: Callable[[int], float], timeout: float | None
+        self,
+        call: StepCall,
+        record: StepRecord,
+        every: Callable[[int], float],
+        timeout: float | None,
+        *,
+        patient: bool,
     ) -> None:
         policy = call.options.retry_policy or self.settings.retry_policy
         while True:
-            patient = timeout is not None or record.child is not None
             value, pause = await self._poll_once(call, record, policy, patient=patient)
             if isinstance(value, _Ready):
                 await self._finish(record, value.value)
@@ -259,8 +265,9 @@ class Runner(Attempt):
             record.failures += 1
             record.error = ErrorInfo.of(error)
             counted = record.failures
-            if patient:  # until its timeout, with what is worth another try at all: to ask again is to pay for nothing
-                policy = replace(policy, max_retries=max(policy.max_retries, 1))
+            if patient:  # with what is worth another try at all: to ask again is to pay for nothing
+                if not policy.max_retries:
+                    policy = replace(policy, max_retries=1)
                 counted = min(counted, policy.max_retries)
             decision = decide(error, policy, counted)
             if not decision.retry:
@@ -353,6 +360,7 @@ class Runner(Attempt):
         policy = call.options.retry_policy or self.settings.retry_policy
         await self._refuse_cancelled()
         if record.state is StepState.RUNNING and call.options.at_most_once:
+            record.once = True
             await self._give_up(
                 record, ErrorInfo.named("StepOutcomeUnknownError", "its outcome was lost with its worker")
             )

@@ -205,7 +205,7 @@ class StandaloneBackend(Backend):
         return await failed_activity(task_id, found, values)
 
     async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
-        async for run in self.runs(of_type("ActivityType", task), status):
+        async for run in self.runs(of_type("ActivityType", task.workflow_type), status):
             if run.activity_type.name == task.workflow_type:
                 yield run.activity_id
 
@@ -390,9 +390,13 @@ def has_standalone_activities(namespace: NamespaceInfo) -> bool:
     )
 
 
-def too_old(address: str) -> ConfigError:
+class ServerTooOldError(ConfigError):
+    """The server has no standalone activities."""
+
+
+def too_old(address: str) -> ServerTooOldError:
     """What is said of a server that has no standalone activities."""
-    return ConfigError(
+    return ServerTooOldError(
         f"The Temporal server at {address} has no standalone activities, which execution='activity' needs: they come "
         f"with server 1.32, and can be switched off for a namespace. Use execution='workflow', or a newer server."
     )

@@ -155,7 +155,7 @@ class WorkflowBackend(Backend):
         return left
 
     async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
-        clauses = f"{of_type('WorkflowType', task)} AND ExecutionStatus != 'ContinuedAsNew'"
+        clauses = f"{of_type('WorkflowType', task.workflow_type)} AND ExecutionStatus != 'ContinuedAsNew'"
         seen: set[str] = set()  # a run that was resumed stands there more than once
         query = "" if status is None else f" AND {QUERIES[status]}"
         pages = self._client.list_workflows(clauses + query, page_size=_PAGE)

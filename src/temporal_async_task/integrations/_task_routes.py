@@ -74,9 +74,7 @@ class ResumeRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    redo: list[str] = Field(
-        default_factory=list[str], max_length=1000, description="Keys of finished steps to be done again"
-    )
+    redo: list[str] = Field(default_factory=list[str], max_length=1000, description="Keys of steps to be done again")
 
 
 TaskId = Annotated[str, Path(min_length=1, description="The id that the submit has answered")]
