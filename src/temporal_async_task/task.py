@@ -367,8 +367,8 @@ class TemporalAsyncTask(Generic[P, R]):
     async def resume(self, task_id: str, *, redo: Collection[str] = ()) -> str:
         """Have a run that failed or was cancelled go on from its last finished step, with the same id and params.
 
-        Steps that failed get all of their tries anew, but for those with ``at_most_once``. The task's ``timeout`` begins
-        anew, too.
+        Steps that failed get all of their tries anew, but for those with ``at_most_once``. The task's ``timeout``
+        begins anew, too.
 
         Args:
             task_id: The run's id.
