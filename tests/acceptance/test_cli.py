@@ -187,14 +187,14 @@ async def test_runs_that_an_activity_carries_are_listed_with_the_others(shop: Sh
 
     await support.wait_until(listed, timeout=30)
     # A run that was resumed comes first, though another was submitted after it.
-    failed = new_id()
+    failed, later = new_id(), new_id()
     await shop.runs("submit", "picture", '{"prompt": "bad"}', "--id", failed, "--wait", *APP)
-    await shop.runs("submit", "stamp", "--id", new_id(), "--wait", *APP)
+    await shop.runs("submit", "stamp", "--id", later, "--wait", *APP)
     await shop.runs("resume", failed, "--wait", *APP)
 
     async def resumed() -> bool:
-        seen = (await shop.runs("list", "--json", "--limit", "1")).document
-        return [run["task_id"] for run in seen] == [failed]
+        seen = (await shop.runs("list", "--json", "--limit", "100")).document
+        return [run["task_id"] for run in seen if run["task_id"] in {failed, later}] == [failed, later]
 
     await support.wait_until(resumed, timeout=30)
     for options in ((), APP):

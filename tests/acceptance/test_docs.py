@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import uuid
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ def working(block: Block, folder: Path, **env: str) -> Iterator[None]:
         try:
             yield
         finally:
+            until_it_heeds(signal.SIGTERM, process)
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(TIME_LIMIT)
@@ -179,6 +181,19 @@ def working(block: Block, folder: Path, **env: str) -> Iterator[None]:
         output.seek(0)
         printed = output.read().decode()
     assert process.returncode == 0, f"{block} ended with exit status {process.returncode}:\n{printed}"
+
+
+def until_it_heeds(number: signal.Signals, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has a handler of its own for a signal: an example may be done before its worker is up."""
+    status = Path(f"/proc/{process.pid}/status")
+    deadline = time.monotonic() + TIME_LIMIT
+    while (
+        status.exists() and process.poll() is None and time.monotonic() < deadline
+    ):  # elsewhere than on Linux: no wait
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
+        if caught and int(caught[1], 16) >> (number - 1) & 1:
+            return
+        time.sleep(0.05)
 
 
 def program(block: Block, folder: Path, env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
