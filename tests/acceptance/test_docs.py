@@ -187,9 +187,7 @@ def until_it_heeds(number: signal.Signals, process: subprocess.Popen[bytes]) -> 
     """Wait until a process has a handler of its own for a signal: an example may be done before its worker is up."""
     status = Path(f"/proc/{process.pid}/status")
     deadline = time.monotonic() + TIME_LIMIT
-    while (
-        status.exists() and process.poll() is None and time.monotonic() < deadline
-    ):  # elsewhere than on Linux: no wait
+    while status.exists() and process.poll() is None and time.monotonic() < deadline:  # not there: not on Linux
         caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
         if caught and int(caught[1], 16) >> (number - 1) & 1:
             return
