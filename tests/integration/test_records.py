@@ -27,6 +27,7 @@ from temporal_async_task import (
     NonRetryableError,
     RetryPolicy,
     StepOutcomeUnknownError,
+    TaskConflictError,
     TaskNotFoundError,
     TaskNotRegisteredError,
     TaskStatus,
@@ -422,6 +423,37 @@ async def test_a_failed_record_that_is_refused_when_it_is_tried_again_stays_so_a
     assert "still no such field" in str((await records.get(1)).error)
     assert await records.told(1) == ["failed", "failed"]
     assert await records.told(2) == ["queued", "processing", "completed"]
+
+
+async def test_a_run_that_has_told_of_its_failure_and_is_about_to_end_is_resumed(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+):
+    """Else its record would wait for it until ``check_every``."""
+    failures = [ConnectionError("down")]
+    too_early = [TaskConflictError("it is going on")] * 2
+
+    def draw(prompt: str) -> str:
+        if failures:
+            raise failures.pop()
+        return f"url of {prompt}"
+
+    vendor.answer = draw
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task(), max_attempts=2))
+    [task] = integration.create_async_tasks()
+    resume = task.resume
+
+    async def resumed(task_id: str) -> str:
+        if too_early:
+            raise too_early.pop()
+        return await resume(task_id)
+
+    monkeypatch.setattr(task, "resume", resumed)
+    component.register_all([task])
+    await records.add(1)
+    async with component, AggregatedIntegration(integration).running(None, component):
+        assert (await records.becomes("completed")).response == "url of p1"
+    assert not too_early
 
 
 ODD = "a NUL: \0, half a pair: \ud800"

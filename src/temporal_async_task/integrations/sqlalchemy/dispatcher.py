@@ -50,6 +50,8 @@ SHORTEST_INTERVAL = 0.1
 """Seconds between two looks into the database while there is work."""
 LONGEST_INTERVAL = 5.0
 """... and while there is none, unless a commit of this process calls for one."""
+_ENDING = (0.05, 0.1, 0.2, 0.4)
+"""Seconds between tries to resume a run that goes on: it tells of its failure a moment before its end."""
 TROUBLE_DELAY = timedelta(seconds=30)
 """Before a record is tried again that neither was submitted nor is unfit for it."""
 _CONCURRENCY = 20
@@ -252,12 +254,17 @@ async def _ask(store: RecordStore, claim: Claim) -> bool:
 
 async def _resumed(task: Any, task_id: str) -> bool:
     """Have a failed run go on from its last finished step. False if there is no such run."""
-    try:
-        await task.resume(task_id)
-    except TaskNotFoundError:
-        return False
-    except TaskConflictError:
-        pass  # it goes on already, or has completed: the record will be told
+    for pause in (*_ENDING, None):
+        try:
+            await task.resume(task_id)
+        except TaskNotFoundError:
+            return False
+        except TaskConflictError:
+            if pause is not None:
+                await asyncio.sleep(pause)
+                continue
+            # It goes on already, or has completed: the record will be told.
+        break
     return True
 
 
