@@ -182,7 +182,7 @@ async def test_runs_that_an_activity_carries_are_listed_with_the_others(shop: Sh
         await shop.runs("submit", task, "--id", task_id, "--wait", *APP)
 
     async def listed() -> bool:
-        seen = (await shop.runs("list", "--json", "--limit", "100")).document
+        seen = (await shop.runs("list", "--json", "--limit", "300")).document
         return [run["task_id"] for run in seen if run["task_id"] in ids] == ids[::-1]
 
     await support.wait_until(listed, timeout=30)
