@@ -19,7 +19,7 @@ from temporal_async_task.engine.backend import of_type
 from temporal_async_task.engine.client import raw_client, translated
 from temporal_async_task.engine.resume import find_remains
 from temporal_async_task.engine.standalone import ServerTooOldError, StandaloneBackend
-from temporal_async_task.engine.workflow_backend import QUERIES
+from temporal_async_task.engine.workflow_backend import WorkflowBackend
 from temporal_async_task.errors import TaskNotFoundError
 from temporal_async_task.task import Execution, TemporalAsyncTask
 
@@ -199,22 +199,10 @@ async def _some_of(found: AsyncIterator[_Found]) -> list[_Found]:
 
 
 async def _workflows(app: Application, name: str | None, status: TaskStatus | None) -> AsyncIterator[_Found]:
-    client = app.component.client
-    clauses = f"{_of_tasks('WorkflowType', name)} AND ExecutionStatus != 'ContinuedAsNew'"
-    pages = client.list_workflows(clauses if status is None else f"{clauses} AND {QUERIES[status]}", page_size=1000)
-    seen: set[str] = set()
-    while True:
-        try:
-            await pages.fetch_next_page()
-        except RPCError as error:
-            raise translated(error, client) from error
-        for one in sorted(pages.current_page or (), key=lambda one: one.start_time, reverse=True):
-            of = task_name(one.workflow_type) or ""
-            if one.id not in seen and name in {None, of}:
-                seen.add(one.id)
-                yield _Found(one.start_time, of, one.id, "workflow")
-        if not pages.next_page_token:
-            return
+    async for one in WorkflowBackend(app.component.client).runs(_of_tasks("WorkflowType", name), status):
+        of = task_name(one.workflow_type) or ""
+        if name in {None, of}:
+            yield _Found(one.start_time, of, one.id, "workflow")
 
 
 async def _activities(app: Application, name: str | None, status: TaskStatus | None) -> AsyncIterator[_Found]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from temporalio.api.common.v1 import Payload, WorkflowExecution
 from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
+from temporalio.client import WorkflowExecution as WorkflowListed
 from temporalio.client import WorkflowFailureError
 from temporalio.common import Priority, RawValue, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
@@ -49,7 +50,7 @@ _RUNNING = {
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_RUNNING,
     WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_PAUSED,
 }
-QUERIES = {
+_QUERIES = {
     TaskStatus.COMPLETED: "ExecutionStatus = 'Completed'",
     TaskStatus.FAILED: "ExecutionStatus IN ('Failed', 'Canceled', 'Terminated', 'TimedOut')",
     TaskStatus.PENDING: "ExecutionStatus = 'Running'",
@@ -155,18 +156,25 @@ class WorkflowBackend(Backend):
         return left
 
     async def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
-        clauses = f"{of_type('WorkflowType', task.workflow_type)} AND ExecutionStatus != 'ContinuedAsNew'"
+        async for run in self.runs(of_type("WorkflowType", task.workflow_type), status):
+            if run.workflow_type == task.workflow_type:
+                yield run.id
+
+    async def runs(self, query: str, status: TaskStatus | None) -> AsyncIterator[WorkflowListed]:
+        """The runs that a visibility query finds, newest first. Of a status as far as visibility can tell."""
+        query += " AND ExecutionStatus != 'ContinuedAsNew'"
+        if status is not None:
+            query += f" AND {_QUERIES[status]}"
         seen: set[str] = set()  # a run that was resumed stands there more than once
-        query = "" if status is None else f" AND {QUERIES[status]}"
-        pages = self._client.list_workflows(clauses + query, page_size=_PAGE)
+        pages = self._client.list_workflows(query, page_size=_PAGE)
         try:
             while True:
                 await pages.fetch_next_page()
                 # The server puts those first that go on, and then those that ended last.
                 for found in sorted(pages.current_page or (), key=lambda run: run.start_time, reverse=True):
-                    if found.id not in seen and found.workflow_type == task.workflow_type:
+                    if found.id not in seen:
                         seen.add(found.id)
-                        yield found.id
+                        yield found
                 if not pages.next_page_token:
                     return
         except RPCError as error:
