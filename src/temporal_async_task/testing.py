@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from temporalio.converter import DataConverter
 
+    from temporal_async_task.engine.timing import CallTimeout
     from temporal_async_task.task import TemporalAsyncTask
 
 R = TypeVar("R")
@@ -363,27 +364,27 @@ class _ScriptedRunner(Runner):
 
     test: TaskRun[Any]
 
-    async def make_call(self, call: StepCall, land: Callable[[Any], None] | None) -> Any:
+    async def make_call(self, call: StepCall, land: Callable[[Any], None] | None, limit: CallTimeout) -> Any:
         test = self.test
         script = test.script_of(call.key)
         test.calls.append(Call(call.key, self.settings.attempt, test.now(), call.args, call.kwargs))
         if script is None:
-            return await super().make_call(call, land)
+            return await super().make_call(call, land, limit)
         if script.duration:
             await asyncio.sleep(script.duration)
         if script.loses("before"):
             await self._lose_worker()
-        result = await self._act(script, call)
+        result = await self._act(script, call, limit)
         if script.loses("after"):
             await self._lose_worker()
         return result
 
-    async def _act(self, script: StepScript, call: StepCall) -> Any:
+    async def _act(self, script: StepScript, call: StepCall, limit: CallTimeout) -> Any:
         if script.acts:
             return script.acts.pop(0)()
         if script.otherwise is not None:
             return script.otherwise()
-        return await super().make_call(call, None)  # it may be lost with its worker, yet
+        return await super().make_call(call, None, limit)  # it may be lost with its worker, yet
 
     def is_last(self, call: StepCall, caller: FrameType | None) -> bool:
         script = self.test.script_of(call.key)

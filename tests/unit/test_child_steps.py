@@ -13,6 +13,7 @@ from temporal_async_task import (
     RetryPolicy,
     ServerUnavailableError,
     StepFailedError,
+    StepState,
     TaskCancelledError,
     TaskConflictError,
     TaskNotFoundError,
@@ -269,6 +270,21 @@ class TestResuming:
         film.asked.clear()
         resumed: TaskRun[str] = TaskRun(parent)
         resumed.saved = first.journal.reopen().snapshot()
+        assert resumed.execute() == "reel"
+        assert film.asked == ["resume"]
+
+    @pytest.mark.parametrize("redo", [(), ("film",)])
+    def test_a_child_that_has_failed_while_its_parent_was_not_up_is_resumed_with_it(self, film: Film, redo: Any):
+        first: TaskRun[str] = TaskRun(parent_of(film))
+        with pytest.raises(RuntimeError, match="has not ended"):
+            first.execute(max_attempts=3)  # and then it was terminated, while it waited for the child
+        assert [record.state for record in first.journal] == [StepState.WAITING]
+        [task_id] = film.runs
+        film.set(task_id, TaskStatus.FAILED, error_type="OSError", error="503")
+        film.is_ready = True
+        film.asked.clear()
+        resumed: TaskRun[str] = TaskRun(first.task)
+        resumed.saved = first.journal.reopen(redo).snapshot()
         assert resumed.execute() == "reel"
         assert film.asked == ["resume"]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,13 @@ async def in_another_function() -> str:
 async def and_another_on_its_line() -> str: return await step("first", str, 1) if await step("last", str, 1) else ""  # fmt: skip  # noqa: E501
 
 
+@functools.wraps(plainly)
+async def around_another() -> str:
+    result = await step("last", str, 1)
+    enlarge(None)
+    return result
+
+
 def no_coroutine() -> None: ...
 
 
@@ -112,6 +120,7 @@ def test_an_await_is_found_where_nothing_but_the_return_comes_after_it(body: Cal
         in_a_with,
         in_another_function,
         and_another_on_its_line,
+        around_another,
         no_coroutine,
     ],
 )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from temporalio.api.common.v1 import Payload
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.converter import PayloadCodec
 
 from temporal_async_task import (
     DuplicateStepError,
@@ -43,7 +47,13 @@ from temporal_async_task import (
 )
 from temporal_async_task.encryption import AESGCMCodec, encrypted_data_converter, generate_key
 from temporal_async_task.engine.attempt import Attempt
-from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Parked, Superseded
+from temporal_async_task.engine.carrier import RunSettings
+from temporal_async_task.engine.journal import Journal
+from temporal_async_task.engine.local import Memory
+from temporal_async_task.engine.outcome import Cancelled, Completed, Failed, Outcome, Parked, Superseded
+from temporal_async_task.engine.runner import Runner
+from temporal_async_task.engine.values import PayloadValues
+from temporal_async_task.steps import StepCall
 from temporal_async_task.testing import TaskRun
 
 STEADY = RetryPolicy(max_retries=3, initial_delay=10, max_delay=60, jitter=0)
@@ -450,7 +460,7 @@ class TestLostWorkers:
     def test_a_body_that_takes_its_worker_down_at_once_fails_in_the_end(self):
         run = TaskRun(three_steps)
         run.on("b").loses_worker(99)  # before anything tells which step it was
-        with pytest.raises(WorkerLostError):
+        with pytest.raises(WorkerLostError, match="Step 'three_steps' failed: WorkerLostError: its worker was lost"):
             run.execute()
         assert run.calls_of("b") == 10
         assert run.calls_of("a") == 1
@@ -1814,3 +1824,216 @@ class TestOutcomes:
 
         with pytest.raises(ResultError, match="object cannot be serialised"):
             TaskRun(task).execute()
+
+
+class Outage(PayloadCodec):
+    """A codec that cannot decode for a while, as with a key service that is away."""
+
+    def __init__(self, begins: float, ends: float) -> None:
+        self.begins, self.ends = begins, ends
+
+    async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
+        return list(payloads)
+
+    async def decode(self, payloads: Sequence[Payload]) -> list[Payload]:
+        if self.begins <= asyncio.get_running_loop().time() < self.ends:
+            raise ConnectionError("no key")
+        return list(payloads)
+
+
+class TestResultsThatCannotBeRead:
+    @staticmethod
+    def run(until: float, **options: Any) -> TaskRun[int]:
+        """A run whose second attempt begins at 20, with a result to be read and a call to be made side by side."""
+
+        async def after_a_nap() -> int:
+            await sleep("nap", 20)
+            return await step.with_options(**options)("paid", three)
+
+        @async_task
+        async def task() -> int:
+            return sum(await asyncio.gather(step("first", one), after_a_nap()))
+
+        run = TaskRun(task, data_converter=replace(pydantic_data_converter, payload_codec=Outage(15, until)))
+        run.on("paid").takes(50)
+        return run
+
+    @pytest.mark.parametrize("at_most_once", [False, True])
+    def test_a_call_beside_it_goes_on_and_is_made_once(self, at_most_once: bool):
+        run = self.run(600, at_most_once=at_most_once)
+        assert run.execute() == 4
+        assert times_of(run, "paid") == [20]
+
+    def test_the_attempt_is_left_to_another_worker_once_no_call_is_in_flight(self):
+        run = self.run(600)
+        run.execute()
+        _, second, *_ = run.attempts
+        assert second.began == 20
+        assert 70 < second.ended < 100  # the new result cannot be read, either
+        assert isinstance(second.outcome, Parked)
+        assert second.outcome.left
+        assert second.outcome.reason == "ConnectionError: the result of step 'paid' cannot be read: no key"
+
+    def test_a_result_that_can_be_read_after_all_is_while_the_attempt_goes_on(self):
+        run = self.run(50)
+        assert run.execute() == 4
+        assert outcomes(run) == [Parked, Completed]
+        assert run.elapsed == 70
+
+
+class TestAttemptsThatAreOverBeforeTheirBody:
+    """What is asked of an attempt while it reads its params, or waits out a short backoff."""
+
+    @staticmethod
+    async def outcome_of(body: Callable[[Runner], Any], *asked: Callable[[Runner], None], steps: int = 0) -> Outcome:
+        """How an attempt ends of which something is asked before it runs."""
+        journal = Journal(started=time.time())
+        for number in range(steps):
+            journal.complete(journal.open(f"s{number}"), b"", 1.0)
+        settings = RunSettings("run", "task", "origin", STEADY, step_timeout=60.0)
+        runner = Runner(settings, journal, PayloadValues(pydantic_data_converter), Memory())
+        for ask in asked:
+            ask(runner)
+        return await runner.run(functools.partial(body, runner))
+
+    @pytest.mark.parametrize(
+        ("ask", "end"),
+        [
+            (Runner.drain, Parked),
+            (Runner.interrupt, Parked),
+            (Runner.supersede, Superseded),
+            (lambda runner: runner.cancel("too late"), Cancelled),
+        ],
+    )
+    async def test_a_body_without_steps_is_not_called(self, ask: Callable[[Runner], None], end: type):
+        called: list[str] = []
+
+        async def body(_: Runner) -> None:
+            called.append("body")
+
+        assert isinstance(await self.outcome_of(body, ask), end)
+        assert called == []
+
+    async def test_a_cancellation_that_comes_before_the_body_of_a_begun_run_lets_it_clean_up(self):
+        cleaned: list[str] = []
+
+        async def body(runner: Runner) -> None:
+            try:
+                await runner.sleep("nap", 1000)
+            except asyncio.CancelledError:
+                await runner.step(StepCall("clean", lambda: cleaned.append("up")))
+                raise
+
+        cancel = functools.partial(Runner.cancel, reason="changed my mind")
+        assert await self.outcome_of(body, cancel, steps=1) == Cancelled("changed my mind")
+        assert cleaned == ["up"]
+
+    @pytest.mark.parametrize("ask", ["drain", "cancel"])
+    def test_a_short_backoff_of_a_body_without_steps_ends_without_another_call(self, ask: str):
+        calls: list[float] = []
+
+        @async_task(retry_policy=RetryPolicy(initial_delay=0.5, jitter=0))
+        async def task() -> int:
+            calls.append(run.now())
+            if len(calls) == 1:
+                raise ConnectionError("down")
+            return 5
+
+        run = TaskRun(task)
+        getattr(run, ask)(at=0.2)
+        if ask == "cancel":
+            with pytest.raises(TaskCancelledError):
+                run.execute()
+            assert len(calls) == 1
+        else:
+            assert run.execute() == 5
+            assert outcomes(run) == [Parked, Completed]
+
+
+class OneThread(concurrent.futures.Executor):
+    """Makes one call after the other, each in so many virtual seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.busy_until = 0.0
+        self.begun: list[float] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        def make() -> None:
+            # What it does is done at once, and its result comes when its time is over.
+            self.begun.append(loop.time())
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                loop.call_later(self.seconds, future.set_exception, error)
+            else:
+                loop.call_later(self.seconds, set_result, result)
+
+        def set_result(result: Any) -> None:
+            if not future.cancelled():
+                future.set_result(result)
+
+        loop = asyncio.get_running_loop()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        begins = max(self.busy_until, loop.time())
+        self.busy_until = begins + self.seconds
+        loop.call_at(begins, make)
+        return future
+
+
+class TestTimeoutsOfSyncCalls:
+    """A call's time begins with it: not while it waits for a thread that is free."""
+
+    @pytest.fixture
+    def threads(self, monkeypatch: pytest.MonkeyPatch) -> OneThread:
+        threads = OneThread(30)
+        monkeypatch.setattr(testing, "_Inline", lambda: threads)
+        return threads
+
+    @pytest.mark.usefixtures("threads")
+    @pytest.mark.parametrize("at_most_once", [False, True])
+    def test_steps_that_wait_for_a_thread_are_called_once_each(self, at_most_once: bool):
+        render = step.with_options(timeout=40, at_most_once=at_most_once)
+
+        @async_task
+        async def task() -> list[int]:
+            return await asyncio.gather(*(render(f"s{number}", int, number) for number in range(4)))
+
+        run = TaskRun(task)
+        assert run.execute() == [0, 1, 2, 3]
+        assert run.elapsed == 120
+
+    async def test_a_call_that_takes_too_long_in_its_thread_fails(self):
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            has_begun.set()
+            may_end.wait(20)
+
+        @async_task(retry_policy=RetryPolicy(max_retries=0))
+        async def task() -> None:
+            before = asyncio.create_task(step("before", time.sleep, 0.3))
+            await asyncio.sleep(0)
+            with pytest.raises(StepFailedError, match=r"no answer within the step's timeout of 0\.1 s"):
+                await step.with_options(timeout=0.1)("hang", hang)
+            await before
+
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
+        await task()
+        assert has_begun.is_set()
+        may_end.set()
+
+    @pytest.mark.parametrize("yields", [False, True])
+    def test_a_sync_task_without_steps_waits_for_a_thread_as_well(self, threads: OneThread, yields: bool):
+        def plain() -> int:
+            return 5
+
+        def generator() -> Any:
+            if not yields:
+                yield
+            return 5
+
+        threads.busy_until = 100
+        run = TaskRun(async_task(step_timeout=40)(generator if yields else plain))
+        assert run.execute() == 5
+        assert threads.begun == [100]

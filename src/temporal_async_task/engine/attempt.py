@@ -33,16 +33,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from temporal_async_task.engine.carrier import Carrier, RunSettings, Values
-from temporal_async_task.engine.failures import lost, only_leaf, recorded_failure
+from temporal_async_task.engine.failures import only_leaf, worker_lost
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
 from temporal_async_task.engine.outcome import NEVER, Cancelled, Completed, Failed, Outcome, Parked, Superseded
 from temporal_async_task.engine.signatures import is_async
+from temporal_async_task.engine.timing import CallTimeout
 from temporal_async_task.engine.unwind import Unwind, apart, doing, scope
 from temporal_async_task.errors import (
     PayloadTooLargeError,
     ResultError,
     StepFailedError,
     TaskTimeoutError,
+    WorkerLostError,
 )
 from temporal_async_task.retry import RetryDecision, decide
 from temporal_async_task.status import StepState
@@ -83,6 +85,8 @@ class Wait:
     due: float
     event: str | None = None
     """The key of an event that would end the wait before."""
+    unreadable: str | None = None
+    """Why this worker cannot read the step's result. Another may."""
 
 
 class Attempt:
@@ -101,6 +105,7 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[Outcome] = self._loop.create_future()
         self._body: asyncio.Task[Any] | None = None
+        self._body_begun = False
         self.settings = settings
         self.journal = journal
         self.unwinding = False
@@ -123,6 +128,7 @@ class Attempt:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
         self._patient_until = 0.0
+        self._cancel_timer: asyncio.TimerHandle | None = None
         self._body_was_first = False
         self._timers: list[asyncio.TimerHandle] = []
         self._note_timer: asyncio.TimerHandle | None = None
@@ -143,19 +149,12 @@ class Attempt:
                 await asyncio.wait((self._body,), timeout=UNWIND_TIMEOUT)
             raise
         finally:
-            for timer in self._timers:
-                timer.cancel()
+            for timer in (*self._timers, self._cancel_timer):
+                if timer is not None:
+                    timer.cancel()
             self._drop_note()
 
     async def _run(self, body: Callable[[], Awaitable[Any]]) -> Outcome:
-        if self._cancelled and not len(self.journal):
-            # No step was begun, so there is nothing to clean up; in a task without steps, running the body once
-            # more would make its call again.
-            return Cancelled(self.journal.cancel_reason or "")
-        if self.journal.body.lost >= MAX_LOST_ATTEMPTS:
-            return Failed(recorded_failure(lost(self.journal.body)))
-        if self._deadline is not None and self._carrier.now() >= self._deadline:
-            return Failed(self._timeout_error())
         while True:
             outcome = await self._run_body(body)
             if self._asked or not isinstance(outcome, Completed):
@@ -164,13 +163,9 @@ class Attempt:
             if not isinstance(outcome, Parked) or self._ended.done() or self._draining:
                 return outcome
             # The body itself failed: what waits for a step has ended the attempt.
-            wait = outcome.due - self._carrier.now()
-            if wait >= self.settings.in_place or self._tasks:
+            if outcome.due - self._carrier.now() >= self.settings.in_place or self._tasks:
                 return outcome
-            await asyncio.wait((self._ended,), timeout=max(wait, 0))
-            if self._ended.done():
-                return self._ended.result()
-            self.unwinding = self._body_was_first = False
+            self.unwinding = self._body_was_first = self._body_begun = False
             self._body = None
             self._asked.clear()
 
@@ -180,31 +175,57 @@ class Attempt:
             wait = record.due - self._carrier.now()
             if wait >= self.settings.in_place:  # given back early: by a server that was restarted, say
                 return self._parked(record.due, "backoff")
-            await asyncio.sleep(max(wait, 0))
+            await asyncio.wait((self._ended,), timeout=max(wait, 0))
+        if (outcome := self._before_body()) is not None:
+            return outcome
         self.body_step = self._step_info(self.settings.task_name, record)
         context = contextvars.copy_context()
         context.run(scope.set, self)
         context.run(runner_var.set, cast("StepRunner", self))  # which Runner makes it
-        running = self._body = self._loop.create_task(_awaited(body), context=context)
+        limit = self.body_limit = CallTimeout(self.settings.step_timeout)
+        running = self._body = self._loop.create_task(self._enter(body), context=context)
         running.add_done_callback(self._note_body_done)
         self.adopt(running)
         both = (running, self._ended)
         if self._cancelled and not self._cancel_delivered:
             self._patient_until = self._loop.time() + CANCEL_PATIENCE
-            self._timers.append(self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves))
-        timeout = self.settings.step_timeout
-        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
-        if not done and not self._asked:
-            # A body without steps is itself the step.
-            running.cancel()
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not self._ended.done():
-                return self._body_failed(TimeoutError(f"no result within the step's timeout of {timeout} s"))
-        elif not done:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            self._cancel_timer = self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves)
+        while not any(future.done() for future in both):
+            left = None if self._asked else limit.left  # a body without steps is itself the step
+            if left is not None and left <= 0:
+                running.cancel()
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if not self._ended.done():
+                    timeout = self.settings.step_timeout
+                    return self._body_failed(TimeoutError(f"no result within the step's timeout of {timeout} s"))
+                break
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=left)
         if self._ended.done() and (not self._body_was_first or isinstance(self._ended.result(), Superseded)):
             return self._ended.result()
         return await self._body_outcome(running)
+
+    def _before_body(self) -> Outcome | None:
+        """How the attempt ends, if it is over before its body has begun."""
+        body = self.journal.body
+        if self._ended.done():
+            return self._ended.result()
+        if self._cancelled and not len(self.journal):
+            # No step was begun, so there is nothing to clean up; in a task without steps, running the body once
+            # more would make its call again.
+            return Cancelled(self.journal.cancel_reason or "")
+        if body.lost >= MAX_LOST_ATTEMPTS:
+            body.error = worker_lost(body)
+            return Failed(WorkerLostError(self.settings.task_name, body.calls, *body.error))
+        if self._deadline is not None and self._carrier.now() >= self._deadline:
+            return Failed(self._timeout_error())
+        if self._draining:
+            return self._parked(self._carrier.now(), "the worker shut down")
+        return None
+
+    async def _enter(self, body: Callable[[], Awaitable[Any]]) -> Any:
+        self._refuse_if_ended()
+        self._body_begun = True
+        return await body()
 
     def _note_body_done(self, body: asyncio.Task[Any]) -> None:
         # What the body does once its attempt has ended is no outcome: it was told to leave.
@@ -309,8 +330,8 @@ class Attempt:
         self._loop.call_soon(self._cancel_body)
 
     def _cancel_body(self) -> None:
-        # Without a body, or from a step that came before this, it is raised in the first unfinished step.
-        if not self._cancel_delivered and self._body is not None and not self._body.done():
+        # Else it came before the body, which is told when it has come to rest.
+        if not self._cancel_delivered and self._body is not None and self._body_begun and not self._body.done():
             self._deliver_cancel(self._body)
 
     def drain(self) -> None:
@@ -358,7 +379,7 @@ class Attempt:
         if self._active == 0 and moves == self._moves and (is_over or not self._more_to_cancel()):
             self._deliver_cancel(self._body)
         else:
-            self._timers.append(self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves))
+            self._cancel_timer = self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves)
 
     def _more_to_cancel(self) -> bool:
         """Whether the body has not come yet to all steps in which a cancellation from before is to be raised."""
@@ -419,11 +440,6 @@ class Attempt:
             else:
                 await self._park(Wait(record.due or 0.0))
 
-    async def _refuse_cancelled_at(self, key: str) -> None:
-        """Raise a cancellation in the step in which an earlier attempt has raised it, though it may have finished."""
-        if key in (self.journal.cancelled_at or ()):
-            await self._refuse_cancelled()
-
     async def _refuse_cancelled(self) -> None:
         """Raise a cancellation that was asked for before this attempt, in the place of a step."""
         self._refuse_if_ended()
@@ -478,10 +494,12 @@ class Attempt:
             waits = self._waiting.values()
             due = min(wait.due for wait in waits)
             events = tuple(wait.event for wait in waits if wait.event is not None)
+            unreadable = next(filter(None, (wait.unreadable for wait in waits)), None)
             if self._draining and not events:
                 self._end(Parked(max(due, self._carrier.now()), "the worker shut down"))
             else:
-                self._end(self._parked(due, self._waiting_reason(), events))
+                reason = unreadable or self._waiting_reason()
+                self._end(self._parked(due, reason, events, left=unreadable is not None))
         finally:
             self._settling = None
 
@@ -592,18 +610,17 @@ class Attempt:
                     raise
                 await asyncio.sleep(_CODEC_DELAYS[min(failures, len(_CODEC_DELAYS)) - 1])
 
-    async def invoke(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def invoke(self, call: Callable[[], Any], limit: CallTimeout) -> Any:
         """Call the user's function: on the event loop if it is async, in a thread if not."""
         if is_async(call):
-            return await call(*args, **kwargs)
-        result = await self.in_thread(call, *args, **kwargs)
+            return await call()
+        result = await self.in_thread(limit.in_thread(call))
         return await result if inspect.isawaitable(result) else result
 
-    def in_thread(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> asyncio.Future[T]:
+    def in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Call a sync function in a thread."""
         context = contextvars.copy_context()
-        run = functools.partial(context.run, call, *args, **kwargs)
-        return self._loop.run_in_executor(self._threads, _without_stop_iteration, run)
+        return self._loop.run_in_executor(self._threads, _without_stop_iteration, functools.partial(context.run, call))
 
     def _step_info(self, key: str, record: StepRecord) -> StepInfo:
         return StepInfo(key, record.failures + 1, self.settings.origin, record.key)
@@ -619,7 +636,3 @@ def _without_stop_iteration(call: Callable[[], Any]) -> Any:
 def _wake(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-async def _awaited(body: Callable[[], Awaitable[Any]]) -> Any:
-    return await body()

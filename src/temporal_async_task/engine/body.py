@@ -26,7 +26,7 @@ def bind_body(function: Callable[..., Any], args: tuple[Any, ...], runner: Runne
     if is_async(function):
         runner.returns_after(function)
         return functools.partial(function, *args)
-    return functools.partial(runner.invoke, function, *args)
+    return lambda: runner.invoke(functools.partial(function, *args), runner.body_limit)
 
 
 async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) -> Any:
@@ -36,7 +36,7 @@ async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) ->
     try:
         while True:
             with runner.busy():
-                stretch = runner.in_thread(_advance, resume)
+                stretch = runner.in_thread(runner.body_limit.in_thread(functools.partial(_advance, resume)))
                 try:
                     done, value = await asyncio.shield(stretch)
                 except asyncio.CancelledError as error:

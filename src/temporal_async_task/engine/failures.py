@@ -29,10 +29,9 @@ def only_leaf(error: BaseException) -> BaseException:
     return error
 
 
-def lost(record: StepRecord) -> StepRecord:
-    """The record of a step, or body, that has taken too many workers down."""
-    record.error = ErrorInfo.named("WorkerLostError", f"its worker was lost with it {record.lost} times in a row")
-    return record
+def worker_lost(record: StepRecord) -> ErrorInfo:
+    """The error of a step, or of a body, that has taken too many workers down."""
+    return ErrorInfo.named("WorkerLostError", f"its worker was lost with it {record.lost} times in a row")
 
 
 def recorded_failure(record: StepRecord) -> AsyncTaskError:

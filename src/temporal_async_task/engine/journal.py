@@ -232,7 +232,8 @@ class Journal:
         """A journal for another try: steps that failed, and those to ``redo``, start anew; all other results stay.
 
         A step that was running stays so, and one that failed with ``at_most_once`` stays failed: it is not called a
-        second time, unless ``redo`` names it. One that waits goes on waiting until the same time.
+        second time, unless ``redo`` names it. One that waits goes on waiting until the same time. A child's run stays
+        the step's: it has its id from the step, and there is no other.
 
         Raises:
             KeyError: One of ``redo`` is not known.
@@ -245,14 +246,15 @@ class Journal:
             if record.key not in again:
                 fresh._add_done(record)
         for record in self._open.values():
-            if record.key in again:
-                continue
-            if record.state is StepState.FAILED and record.once:
+            goes_on = record.state in {StepState.RUNNING, StepState.WAITING} and record.key not in again
+            if record.state is StepState.FAILED and record.once and record.key not in again:
                 fresh._add_open(replace(record))
-            elif record.state in {StepState.RUNNING, StepState.WAITING}:
-                fresh._add_open(replace(record, failures=0, lost=0))
+            elif goes_on:
+                # No look at a child counts: the first one resumes a child that has failed.
+                calls = record.calls if record.child is None else 0
+                fresh._add_open(replace(record, calls=calls, failures=0, lost=0))
             elif record.child is not None:
-                fresh.open(record.key).child = record.child  # it is resumed, too
+                fresh.open(record.key).child = record.child
         return fresh
 
     def _add_open(self, record: StepRecord) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class _Memory:
+class Memory:
     """A carrier that keeps nothing: there is no attempt after this one."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ async def run_here(task: TaskDefinition, params: Any) -> Any:
         params=params,
     )
     step_var.set(None)  # a child of a step, in memory
-    runner = Runner(settings, Journal(), values, _Memory())
+    runner = Runner(settings, Journal(), values, Memory())
     outcome = await runner.run(bind_body(task.function, (params,) if task.takes_params else (), runner))
     match outcome:
         case Completed(result):

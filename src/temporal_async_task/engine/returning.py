@@ -27,7 +27,7 @@ def returning_lines(function: Callable[..., Any]) -> frozenset[int]:
     """The lines of a coroutine function where it awaits something, and then returns with no more code of its own.
 
     Not where something has to be left first (``try``, ``with``), and not where anything is called with what was awaited
-    but a class. None if the function's source is not there.
+    but a class. Empty if the function's source is not available.
     """
     if function not in _lines:
         _lines[function] = frozenset(_find(function))
@@ -35,8 +35,8 @@ def returning_lines(function: Callable[..., Any]) -> frozenset[int]:
 
 
 def _find(function: Callable[..., Any]) -> Iterator[int]:
-    if not inspect.iscoroutinefunction(function):
-        return
+    if not inspect.iscoroutinefunction(function) or inspect.unwrap(function) is not function:
+        return  # of a wrapper, `inspect` would read the source of what it wraps
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         scope = inspect.getclosurevars(function)

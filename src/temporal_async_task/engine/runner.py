@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from temporal_async_task.engine.attempt import MAX_LOST_ATTEMPTS, Attempt, Wait
-from temporal_async_task.engine.failures import lost, recorded_failure
+from temporal_async_task.engine.failures import recorded_failure, worker_lost
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
 from temporal_async_task.engine.outcome import NEVER, UNREADABLE_DELAY
 from temporal_async_task.engine.returning import returning_lines
 from temporal_async_task.engine.signatures import is_async, return_type
+from temporal_async_task.engine.timing import CallTimeout
 from temporal_async_task.engine.unwind import Unwind, doing, scope
 from temporal_async_task.errors import (
     AsyncTaskError,
@@ -236,11 +237,8 @@ class Runner(Attempt):
         policy = call.options.retry_policy or self.settings.retry_policy
         while True:
             value, pause = await self._poll_once(call, record, policy, patient=patient)
-            if isinstance(value, _Ready):
-                await self._finish(record, value.value)
-                return
             if value is not None:
-                await self._finish(record, value)
+                await self._finish(record, value.value if isinstance(value, _Ready) else value)
                 return
             now = self._carrier.now()
             deadline = NEVER if timeout is None else self._started(record) + timeout
@@ -327,7 +325,8 @@ class Runner(Attempt):
         Raises:
             AsyncTaskError: It has failed for good, in this attempt or an earlier one.
         """
-        await self._refuse_cancelled_at(key)
+        if key in (self.journal.cancelled_at or ()):  # raised in it before; it may have finished all the same
+            await self._refuse_cancelled()
         if self._unsaved:  # the body did not return after all: it has failed, and is run again
             await self._checkpoint()
             self._unsaved = False
@@ -389,7 +388,7 @@ class Runner(Attempt):
     async def _begin(self, call: StepCall, record: StepRecord) -> None:
         """Wait for the step's turn, and note that its call is being made."""
         if record.lost >= MAX_LOST_ATTEMPTS:
-            await self._give_up(record, lost(record).error)
+            await self._give_up(record, worker_lost(record))
         await self._turn(record)
         record.state, record.due = StepState.RUNNING, None
         self._started(record)
@@ -407,7 +406,7 @@ class Runner(Attempt):
 
     async def _call(self, call: StepCall, record: StepRecord, land: Callable[[Any], None] | None = None) -> Any:
         timeout = call.options.timeout or self.settings.step_timeout
-        limit = asyncio.timeout(timeout)
+        limit = CallTimeout(timeout)
         token = step_var.set(self._step_info(call.key, record))
         # What the call begins is not the attempt's: a task that refreshes a token may serve other runs, too.
         own = scope.set(None)
@@ -418,9 +417,9 @@ class Runner(Attempt):
             cancels = _cancels_raised(current)
         try:
             async with limit:
-                return await self.make_call(call, land)
+                return await self.make_call(call, land, limit)
         except TimeoutError as error:
-            if limit.expired():
+            if limit.expired:
                 raise TimeoutError(f"no answer within the step's timeout of {timeout} s") from error
             raise
         except Unwind:
@@ -438,17 +437,18 @@ class Runner(Attempt):
             if current is not None:
                 doing[current] = self._place
 
-    async def make_call(self, call: StepCall, land: Callable[[Any], None] | None) -> Any:
+    async def make_call(self, call: StepCall, land: Callable[[Any], None] | None, limit: CallTimeout) -> Any:
         """Make a step's call. Overridden in tests, to script it.
 
         Args:
             call: The call.
             land: To be given a sync call's result, in its thread.
+            limit: Around the call.
         """
         made = functools.partial(call.call, *call.args, **call.kwargs)
-        if land is None or is_async(call.call):
-            return await self.invoke(made)
-        return await self.invoke(_landed, made, land)
+        if land is not None and not is_async(call.call):
+            made = functools.partial(_landed, made, land)
+        return await self.invoke(made, limit)
 
     def _land(self, landing: Landing, record: StepRecord, value: Any, *, save: bool) -> None:
         """Send a result on its way into the journal, in the thread of its call."""
@@ -487,7 +487,10 @@ class Runner(Attempt):
         self._drop_note()
         self._unsaved = not save
         try:
-            await (self._wait_for(landed) if landed.done() else asyncio.shield(self._follow(landed)))
+            if landed.done():
+                landed.result()
+            else:
+                await asyncio.shield(self._follow(landed))
         except (PayloadTooLargeError, ResultError) as error:
             info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)
@@ -502,18 +505,21 @@ class Runner(Attempt):
         """A step is in the journal, and durable. Tests lose the worker here."""
 
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
-        try:
-            plain = await self._through_codec(self._values.unseal, record.result or b"", _READS)
-            return self._values.convert(plain, hint)
-        except ResultError as error:
-            # The result itself is in the journal, and stays.
-            raise type(error)(f"Step {record.key!r}: {error}") from error
-        except Exception as error:
-            # A codec's key that this worker does not have, a store that it cannot reach: another may.
-            reason = f"{type(error).__name__}: the result of step {record.key!r} cannot be read: {error}"
-            logger.warning("Task run %s is left to another worker: %s", self.settings.task_id, reason)
-            self._end(self._parked(self._carrier.now() + UNREADABLE_DELAY, reason, left=True))
-            raise Unwind from error
+        while True:
+            try:
+                plain = await self._through_codec(self._values.unseal, record.result or b"", _READS)
+                return self._values.convert(plain, hint)
+            except ResultError as error:
+                # The result itself is in the journal, and stays.
+                raise type(error)(f"Step {record.key!r}: {error}") from error
+            except Exception as error:
+                # A codec's key that this worker does not have, a store that it cannot reach. The attempt is given back,
+                # to be begun by another; but not before the calls that are in flight beside this have ended.
+                reason = f"{type(error).__name__}: the result of step {record.key!r} cannot be read: {error}"
+                logger.warning(
+                    "Task run %s: %s; trying again, here or on another worker", self.settings.task_id, reason
+                )
+            await self._park(Wait(self._carrier.now() + UNREADABLE_DELAY, unreadable=reason))
 
     async def _failed(self, call: StepCall, record: StepRecord, policy: RetryPolicy, error: Exception) -> None:
         record.calls += 1
@@ -532,7 +538,7 @@ class Runner(Attempt):
         if self._active > 1:  # else the attempt ends with it, and carries the journal
             self._note(after=0.0)
 
-    async def _give_up(self, record: StepRecord, info: ErrorInfo | None, error: Exception | None = None) -> NoReturn:
+    async def _give_up(self, record: StepRecord, info: ErrorInfo, error: Exception | None = None) -> NoReturn:
         """Note that a step has failed for good, durably, and raise it in the body.
 
         Durably, because the body may act on it: a refund and a later success must not both happen.
