@@ -53,10 +53,12 @@ class CallTimeout:
         self._look()
         return self
 
-    async def __aexit__(self, *error: object) -> bool | None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        return await self._scope.__aexit__(*error)
+        await self._scope.__aexit__(kind, error, trace)
 
     def _look(self) -> None:
         # The thread does not tell when the call begins: to wake the event loop for it costs more than to look again.
