@@ -21,6 +21,7 @@ from temporalio.worker import (
 )
 
 from temporal_async_task._exit import settle_at_exit
+from temporal_async_task.checks import seconds
 from temporal_async_task.config import AsyncTaskComponentConfig
 from temporal_async_task.engine.activity import AttemptActivity
 from temporal_async_task.engine.client import raw_client
@@ -30,7 +31,6 @@ from temporal_async_task.engine.threads import DaemonThreads
 from temporal_async_task.engine.workflow import TaskWorkflow
 from temporal_async_task.errors import ConfigError, NotConnectedError, ServerUnavailableError
 from temporal_async_task.registry import Registry
-from temporal_async_task.steps import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable

@@ -22,8 +22,8 @@ from temporalio.converter import DataConverter
 from temporalio.envconfig import ClientConfig, ClientConfigProfile, ClientConfigTLS
 from temporalio.service import TLSConfig
 
+from temporal_async_task.checks import check_text, seconds
 from temporal_async_task.errors import ConfigError, InvalidKeyError
-from temporal_async_task.steps import check_text, seconds
 from temporal_async_task.task import DEFAULT_TASK_QUEUE, Execution
 
 if TYPE_CHECKING:

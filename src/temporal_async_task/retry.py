@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeGuard, cast
 
+from temporal_async_task.checks import seconds
 from temporal_async_task.errors import (
     ConfigError,
     InvalidKeyError,
@@ -149,7 +150,7 @@ class RetryPolicy:
 
     def backoff(self, failures: int) -> float:
         """The delay in seconds after the ``failures``-th failed call (1 is the first), without jitter."""
-        initial, longest = _seconds(self.initial_delay), _seconds(self.max_delay)
+        initial, longest = seconds(self.initial_delay), seconds(self.max_delay)
         try:
             return min(initial * float(self.backoff_multiplier) ** (failures - 1), longest)
         except OverflowError:
@@ -232,9 +233,9 @@ def decide(
 
 def _delay(verdict: Verdict, policy: RetryPolicy, failures: int, luck: float) -> float:
     if verdict.delay is not None:
-        return _seconds(verdict.delay) * (1 + policy.jitter * luck)
+        return seconds(verdict.delay) * (1 + policy.jitter * luck)
     factor = 1 + policy.jitter * (2 * luck - 1)
-    return min(policy.backoff(failures) * factor, _seconds(policy.max_delay))
+    return min(policy.backoff(failures) * factor, seconds(policy.max_delay))
 
 
 def _verdicts(error: BaseException, policy: RetryPolicy) -> Iterator[Verdict]:
@@ -302,21 +303,17 @@ def _verdict_of_causes(error: BaseException) -> Verdict:
     return Verdict(retry=True, reason="may be temporary")
 
 
-def _seconds(delay: float | timedelta) -> float:
-    return delay.total_seconds() if isinstance(delay, timedelta) else float(delay)
-
-
 def _seconds_or_none(value: object) -> float | None:
     """Seconds from 0 to ``LONGEST_DELAY``; ``None`` for what is not such a delay."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    return float(seconds) if _is_number(seconds, 0, LONGEST_DELAY) else None
+    delay = value.total_seconds() if isinstance(value, timedelta) else value
+    return float(delay) if _is_number(delay, 0, LONGEST_DELAY) else None
 
 
 def _checked_delay(field: str, value: object) -> float:
-    seconds = _seconds_or_none(value)
-    if seconds is None:
+    delay = _seconds_or_none(value)
+    if delay is None:
         raise ConfigError(f"{field} is {value!r}. Give a delay from 0 to 365 days, in seconds or as a timedelta.")
-    return seconds
+    return delay
 
 
 def _is_number(value: object, low: float, high: float) -> TypeGuard[float]:

@@ -22,12 +22,12 @@ from temporalio.client import (
 from temporalio.common import RawValue
 from temporalio.service import RPCError, RPCStatusCode
 
+from temporal_async_task.checks import MAX_DURATION, check_seconds, check_text
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.backend import TaskAddress
 from temporal_async_task.engine.client import translated
 from temporal_async_task.engine.workflow_backend import WorkflowBackend
 from temporal_async_task.errors import AsyncTaskError, ConfigError, TaskConflictError, TaskNotFoundError
-from temporal_async_task.steps import check_text, seconds
 
 if TYPE_CHECKING:
     from temporalio.api.schedule.v1 import ScheduleInfo, ScheduleListInfo
@@ -39,7 +39,6 @@ https://docs.temporal.io/schedule#overlap-policy."""
 
 _SERVERS_PREFIX = "temporal-sys-scheduler:"
 """The server names its own workflow, which keeps a schedule, by this and the schedule's id."""
-_TEN_YEARS = 3650 * 86400.0
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -265,21 +264,14 @@ def _cron(cron: str | Sequence[str], what: str) -> list[str]:
 
 
 def _interval(every: float | timedelta, what: str) -> timedelta:
-    length = _seconds(every, "every", what)
-    if not (1 <= length <= _TEN_YEARS and length.is_integer()):  # of 1.5 s the server would make 1 s
+    length = check_seconds(every, f"{what}: every")
+    if not (1 <= length <= MAX_DURATION and length.is_integer()):  # of 1.5 s the server would make 1 s
         raise ConfigError(f"{what}: every must be whole seconds, from 1 to ten years, not {every!r}.")
     return timedelta(seconds=length)
 
 
 def _jitter(jitter: float | timedelta, what: str) -> timedelta:
-    length = _seconds(jitter, "jitter", what)
-    if not 0 <= length <= _TEN_YEARS:
+    length = check_seconds(jitter, f"{what}: jitter")
+    if not 0 <= length <= MAX_DURATION:
         raise ConfigError(f"{what}: jitter must be 0 seconds or more, not {jitter!r}.")
     return timedelta(seconds=length)
-
-
-def _seconds(value: float | timedelta, name: str, what: str) -> float:
-    try:
-        return seconds(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{what}: {name} must be seconds or a timedelta, not {value!r}.") from None

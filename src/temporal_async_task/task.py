@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unp
 
 from temporalio.common import Priority
 
+from temporal_async_task.checks import check_seconds, check_text
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.backend import Backend, TaskAddress
 from temporal_async_task.engine.local import run_here
@@ -39,7 +40,7 @@ from temporal_async_task.schedules import (
     list_schedules,
 )
 from temporal_async_task.status import TaskResult, TaskStatus
-from temporal_async_task.steps import Result, Step, check_text, seconds, wait_for
+from temporal_async_task.steps import Result, Step, wait_for
 
 if TYPE_CHECKING:
     from temporalio.client import Client
@@ -626,24 +627,17 @@ def _callers_locals() -> Mapping[str, Any]:
 
 
 def _positive(value: float | timedelta, what: str, name: str) -> float:
-    length = _duration(value, what, name)
+    length = check_seconds(value, f"{what} of task {name!r}")
     if not 0 < length < float("inf"):
         raise ConfigError(f"{what} of task {name!r} must be over 0 seconds, not {value!r}.")
     return length
 
 
 def _not_negative(value: float | timedelta, what: str, name: str) -> float:
-    length = _duration(value, what, name)
+    length = check_seconds(value, f"{what} of task {name!r}")
     if not 0 <= length < float("inf"):
         raise ConfigError(f"{what} of task {name!r} must be 0 seconds or more, not {value!r}.")
     return length
-
-
-def _duration(value: float | timedelta, what: str, name: str) -> float:
-    try:
-        return seconds(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{what} of task {name!r} must be seconds or a timedelta, not {value!r}.") from None
 
 
 def _status(status: str, name: str) -> TaskStatus:

@@ -2003,7 +2003,7 @@ class TestTimeoutsOfSyncCalls:
         assert run.execute() == [0, 1, 2, 3]
         assert run.elapsed == 120
 
-    async def test_a_call_that_takes_too_long_in_its_thread_fails(self):
+    def test_a_call_that_takes_too_long_in_its_thread_fails(self):
         has_begun, may_end = threading.Event(), threading.Event()
 
         def hang() -> None:
@@ -2018,10 +2018,13 @@ class TestTimeoutsOfSyncCalls:
                 await step.with_options(timeout=0.1)("hang", hang)
             await before
 
-        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
-        await task()
-        assert has_begun.is_set()
-        may_end.set()
+        async def run() -> None:
+            asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
+            await task()
+            assert has_begun.is_set()
+            may_end.set()
+
+        asyncio.run(run())
 
     @pytest.mark.parametrize("yields", [False, True])
     def test_a_sync_task_without_steps_waits_for_a_thread_as_well(self, threads: OneThread, yields: bool):

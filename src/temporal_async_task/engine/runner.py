@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import logging
@@ -11,10 +10,13 @@ import math
 import sys
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from temporal_async_task.checks import check_text, seconds
 from temporal_async_task.engine.attempt import MAX_LOST_ATTEMPTS, Attempt, Wait
+from temporal_async_task.engine.child import Child, Ready
+from temporal_async_task.engine.child import pause as child_pause
 from temporal_async_task.engine.failures import recorded_failure, worker_lost
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
@@ -31,21 +33,16 @@ from temporal_async_task.errors import (
     RetryableError,
     StepFailedError,
     StepUsageError,
-    StorageError,
-    TaskConflictError,
-    TaskFailedError,
     TaskNotFoundError,
 )
 from temporal_async_task.retry import RetryDecision, RetryPolicy, decide
-from temporal_async_task.status import StepState, TaskResult, TaskStatus
+from temporal_async_task.status import StepState
 from temporal_async_task.steps import (
     ChildTask,
     StepCall,
     StepOptions,
-    check_text,
     child_of,
     idempotency_key,
-    seconds,
     step_var,
 )
 
@@ -59,25 +56,6 @@ _READS = 6
 """Times that a worker tries to read a result, some nine seconds in all, before it leaves the run to another."""
 _CHILD_CANCEL_TIMEOUT = 15.0
 """Seconds for one try to cancel a child: a few of them fit into what a cancelled body may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A child's result, which may be None."""
-
-    value: Any
-
-
-async def _status_of(child: ChildTask, task_id: str) -> TaskResult[Any] | None:
-    try:
-        return await child.get_status(task_id)
-    except TaskNotFoundError:
-        return None
-
-
-def _child_pause(looks: int) -> float:
-    """Seconds until a child is looked at again: soon at first, for those that are quick."""
-    return float(min(0.25 * 2 ** min(looks, 10), 15.0))
 
 
 def _landed(call: Callable[[], Any], land: Callable[[Any], None]) -> Any:
@@ -119,8 +97,8 @@ class Runner(Attempt):
     async def step(self, call: StepCall) -> Any:
         """Answer a step from the journal, or make its call. See ``steps.step``."""
         caller = sys._getframe(1).f_back  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - behind `steps.step`
-        if (child := child_of(call.call)) is not None:
-            return await self._child(child, call)
+        if (task := child_of(call.call)) is not None:
+            return await self._child(task, call)
         hint = call.options.result_type or return_type(call.call)  # refused before the call, if it must be
         with self._in_flight(call.key, "step"):
             record = await self._find(call.key)
@@ -134,56 +112,33 @@ class Runner(Attempt):
         alone = len(self._tasks) == 1 and not call.options.at_most_once
         return alone and caller is not None and caller.f_code is code and caller.f_lineno in lines
 
-    async def _child(self, child: ChildTask, call: StepCall) -> Any:
+    async def _child(self, task: ChildTask, call: StepCall) -> Any:
         """A step that runs another task: submits it once, and looks at it until it has ended."""
         if self.settings.local:
-            return await self.step(replace(call, call=child.__call__, kwargs={}))
+            return await self.step(replace(call, call=task.__call__, kwargs={}))
         options = dict(call.kwargs)
-        timeout = options.pop("timeout", None)
+        timeout, own_id = options.pop("timeout", None), options.pop("task_id", None)
+        step_id = idempotency_key(self.settings.origin, call.key)
+        child = Child(task, call.args, options, own_id, step_id)
         # It is submitted once in any case, by its id; and a look at it is no call.
         call = replace(call, options=replace(call.options, at_most_once=False))
-        child_id = options.get("task_id") or idempotency_key(self.settings.origin, call.key)
-
-        async def look() -> _Ready | None:
-            run = await _status_of(child, child_id) if record.child is not None else None
-            if run is None:
-                record.child = child_id  # before it is submitted, so that a cancellation meanwhile reaches it
-                try:
-                    await child.submit(*call.args, **(options | {"task_id": child_id}))
-                except TaskConflictError:
-                    # An attempt that was lost has submitted it, and the params were others then; or it is no child.
-                    if options.get("task_id") or await _status_of(child, child_id) is None:
-                        record.child = None
-                        raise
-            elif record.calls == 0 and run.status is TaskStatus.FAILED:
-                # This run was resumed, and so is what made it fail; unless somebody else was quicker.
-                with contextlib.suppress(TaskConflictError):
-                    await child.resume(child_id)
-            run = await child.get_status(child_id)
-            if run.status is TaskStatus.FAILED:
-                raise TaskFailedError(child_id, run.error_type or "Error", run.error or "")
-            if run.status is TaskStatus.COMPLETED and run.error is not None:  # its result cannot be read
-                kind = StorageError if run.error_type == StorageError.__name__ else ResultError
-                raise kind(f"the result of run {child_id!r}: {run.error}")
-            return _Ready(run.result) if run.status is TaskStatus.COMPLETED else None
-
         with self._in_flight(call.key, "step"):
             try:
                 record = await self._find(call.key)
                 if record.state is not StepState.COMPLETED:
-                    looks = replace(call, call=look, args=(), kwargs={})
-                    await self._poll(looks, record, _child_pause, timeout and seconds(timeout), patient=True)
+                    looks = replace(call, call=child.look, args=(record,), kwargs={})
+                    await self._poll(looks, record, child_pause, timeout and seconds(timeout), patient=True)
             except asyncio.CancelledError:
                 begun = self.journal.get(call.key)
                 if self._cancelled and begun is not None and begun.child is not None and begun.finished is None:
-                    await self._cancel_child(child, call, begun)
+                    await self._cancel_child(task, call, begun)
                 raise
-            return await self._answer(record, call.options.result_type or child.result_type)
+            return await self._answer(record, call.options.result_type or task.result_type)
 
-    async def _cancel_child(self, child: ChildTask, call: StepCall, record: StepRecord) -> None:
+    async def _cancel_child(self, task: ChildTask, call: StepCall, record: StepRecord) -> None:
         """Cancel a child with its parent, however often that fails. Between two tries the attempt may end."""
         args = (record.child, self.journal.cancel_reason or "")
-        cancel = StepCall(call.key, child.cancel, args, options=StepOptions(timeout=_CHILD_CANCEL_TIMEOUT))
+        cancel = StepCall(call.key, task.cancel, args, options=StepOptions(timeout=_CHILD_CANCEL_TIMEOUT))
         while True:
             record.state, record.due = StepState.RETRYING, None
             try:
@@ -193,7 +148,7 @@ class Runner(Attempt):
             except Exception as error:
                 record.failures += 1
                 record.error = ErrorInfo.of(error)
-                record.due = self._carrier.now() + _child_pause(record.failures)
+                record.due = self._carrier.now() + child_pause(record.failures)
                 logger.warning(
                     "Task run %s: its child %s cannot be cancelled (%s); trying again",
                     self.settings.task_id,
@@ -238,7 +193,7 @@ class Runner(Attempt):
         while True:
             value, pause = await self._poll_once(call, record, policy, patient=patient)
             if value is not None:
-                await self._finish(record, value.value if isinstance(value, _Ready) else value)
+                await self._finish(record, value.value if isinstance(value, Ready) else value)
                 return
             now = self._carrier.now()
             deadline = NEVER if timeout is None else self._started(record) + timeout

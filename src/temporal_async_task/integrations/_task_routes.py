@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from temporal_async_task.checks import check_text
 from temporal_async_task.errors import InvalidKeyError, TaskNotFoundError
 from temporal_async_task.integrations._events import (
     EventStream,
@@ -36,7 +37,6 @@ from temporal_async_task.integrations._problems import (
 )
 from temporal_async_task.integrations._run_document import RunDocuments, RunSummary
 from temporal_async_task.status import TaskResult, TaskStatus
-from temporal_async_task.steps import check_text
 from temporal_async_task.task import TemporalAsyncTask
 
 MAX_WAIT = 60.0

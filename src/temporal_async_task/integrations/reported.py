@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast
 
+from temporal_async_task.checks import check_text
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.failures import only_leaf
 from temporal_async_task.errors import (
@@ -30,7 +31,7 @@ from temporal_async_task.integrations.lifecycle import NOT_AGAIN, RecordStatus
 from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
 from temporal_async_task.retry import RetryPolicy, Verdict, decide
 from temporal_async_task.status import StepState
-from temporal_async_task.steps import check_text, runner_var, step
+from temporal_async_task.steps import runner_var, step
 from temporal_async_task.task import Execution, TemporalAsyncTask
 
 if TYPE_CHECKING:

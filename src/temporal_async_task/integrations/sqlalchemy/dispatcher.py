@@ -12,6 +12,7 @@ import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
+from temporal_async_task.checks import seconds
 from temporal_async_task.errors import (
     ConfigError,
     InvalidKeyError,
@@ -34,7 +35,6 @@ from temporal_async_task.integrations.sqlalchemy.store import (
     RecordStore,
     Settled,
 )
-from temporal_async_task.steps import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

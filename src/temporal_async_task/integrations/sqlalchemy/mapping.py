@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sqlalchemy import inspect
 from sqlalchemy.exc import NoInspectionAvailable
 
+from temporal_async_task.checks import seconds
 from temporal_async_task.errors import ConfigError
 from temporal_async_task.integrations.sqlalchemy.mixins import EVENT_COLUMNS, RECORD_COLUMNS
-from temporal_async_task.steps import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
