@@ -431,9 +431,9 @@ class _AttemptCarrier:
         """Fail the run for good, and keep its journal: ``resume`` goes on from it."""
         final = _to_application_error(error, error_type)
         encoded = await self._insist_encode(journal)
-        kept = self._execution.final_journal(encoded)
-        failure = await insist(lambda: self._values.to_failure(final, kept.in_failure), "encode the failure")
-        await fail(self._client, self._info.task_token, failure, kept.in_heartbeat)
+        apart = self._execution.keeps_heartbeats
+        failure = await insist(lambda: self._values.to_failure(final, () if apart else encoded), "encode the failure")
+        await fail(self._client, self._info.task_token, failure, encoded if apart else ())
 
     async def _leave(self, reason: str) -> None:
         """Give the attempt back untouched: this worker cannot serve the run."""

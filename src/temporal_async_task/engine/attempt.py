@@ -268,15 +268,13 @@ class Attempt:
         if not isinstance(error, Exception) or isinstance(error, StepFailedError):
             return Failed(error)
         record = self.journal.body
-        record.calls += 1
-        record.failures += 1
-        record.error = ErrorInfo.of(error)
+        info = record.note_failure(error)
         decision = decide(error, self.settings.retry_policy, record.failures)
-        self._log_failure(self._place, record.error, decision)
+        self._log_failure(self._place, info, decision)
         if not decision.retry:
             return Failed(error)
         record.due = self._carrier.now() + decision.delay
-        return self._parked(record.due, str(record.error))
+        return self._parked(record.due, str(info))
 
     def _log_failure(self, place: str, error: ErrorInfo, decision: RetryDecision) -> None:
         logger.info(

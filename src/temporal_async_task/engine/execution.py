@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from temporalio.api.common.v1 import Payload, WorkflowExecution
@@ -26,14 +25,6 @@ if TYPE_CHECKING:
     from temporalio.client import Client
 
 
-@dataclass(frozen=True, slots=True)
-class FinalJournal:
-    """Where the journal of a run that fails for good goes."""
-
-    in_failure: Sequence[Payload] = ()
-    in_heartbeat: Sequence[Payload] = ()
-
-
 class RunExecution(Protocol):
     """What differs between the two ways in which a run is carried."""
 
@@ -41,6 +32,8 @@ class RunExecution(Protocol):
     task_name: str
     input: wire.AttemptInput
     takes_events: bool
+    keeps_heartbeats: bool
+    """Whether the journal of a run that has failed for good stays in the heartbeat details. Else the failure has it."""
 
     def is_superseded(self, answer: RecordActivityTaskHeartbeatResponse) -> bool:
         """Whether a heartbeat's answer says that the run goes on without this attempt."""
@@ -51,7 +44,7 @@ class RunExecution(Protocol):
         ...
 
     async def cancel_saved(self) -> None:
-        """The journal says that the run is cancelled."""
+        """To be called once the journal on the server says that the run is cancelled."""
         ...
 
     async def find_event(self, names: Sequence[str], until: float) -> Payload | None:
@@ -60,10 +53,6 @@ class RunExecution(Protocol):
 
     async def cancel_done(self, reason: str) -> None:
         """The body has left after its cancellation: what follows must be the end of the run."""
-        ...
-
-    def final_journal(self, journal: Sequence[Payload]) -> FinalJournal:
-        """Where to put the journal of a run that fails for good."""
         ...
 
 
@@ -85,6 +74,7 @@ class InWorkflow:
     """An attempt at a run that the generic workflow carries: that holds the journal when no activity does."""
 
     takes_events = True
+    keeps_heartbeats = False  # they go with the activity
 
     def __init__(self, client: Client, info: activity.Info, first: Payload) -> None:
         self._client = client
@@ -117,14 +107,12 @@ class InWorkflow:
     async def cancel_done(self, reason: str) -> None:
         pass
 
-    def final_journal(self, journal: Sequence[Payload]) -> FinalJournal:
-        return FinalJournal(in_failure=journal)  # with the activity, its heartbeats are gone
-
 
 class Standalone:
     """An attempt at a run that nothing carries but its activity."""
 
     takes_events = False
+    keeps_heartbeats = True
 
     def __init__(self, client: Client, info: activity.Info, first: Payload) -> None:
         self._client = client
@@ -189,6 +177,3 @@ class Standalone:
         service = self._client.workflow_service
         with contextlib.suppress(AttemptGoneError):  # it was cancelled so before
             await insist(lambda: service.request_cancel_activity_execution(request), "end the run as cancelled")
-
-    def final_journal(self, journal: Sequence[Payload]) -> FinalJournal:
-        return FinalJournal(in_heartbeat=journal)

@@ -20,6 +20,11 @@ from temporal_async_task.errors import (
 if TYPE_CHECKING:
     from temporal_async_task.engine.journal import StepRecord
 
+_PLAIN = {kind.__name__: kind for kind in (PayloadTooLargeError, ResultError, StoredValueLostError)}
+_OF_STEPS = {
+    kind.__name__: kind for kind in (WorkerLostError, StepOutcomeUnknownError, PollTimeoutError, WaitTimeoutError)
+}
+
 
 def only_leaf(error: BaseException) -> BaseException:
     """Of a group with a single error in it, that error."""
@@ -37,20 +42,6 @@ def worker_lost(record: StepRecord) -> ErrorInfo:
 def recorded_failure(record: StepRecord) -> AsyncTaskError:
     """The error of a step that has failed for good, in this attempt or an earlier one."""
     info = record.error or ErrorInfo.named("Exception", "")
-    match info.type:
-        case "PayloadTooLargeError":
-            return PayloadTooLargeError(info.message)
-        case "ResultError":
-            return ResultError(info.message)
-        case "StoredValueLostError":
-            return StoredValueLostError(info.message)
-        case "WorkerLostError":
-            return WorkerLostError(record.key, record.calls, info.type, info.message)
-        case "StepOutcomeUnknownError":
-            return StepOutcomeUnknownError(record.key, record.calls, info.type, info.message)
-        case "PollTimeoutError":
-            return PollTimeoutError(record.key, record.calls, info.type, info.message)
-        case "WaitTimeoutError":
-            return WaitTimeoutError(record.key, record.calls, info.type, info.message)
-        case _:
-            return StepFailedError(record.key, record.calls, info.type, info.message)
+    if plain := _PLAIN.get(info.type):
+        return plain(info.message)
+    return _OF_STEPS.get(info.type, StepFailedError)(record.key, record.calls, info.type, info.message)

@@ -97,6 +97,13 @@ class StepRecord:
         """Whether there is anything to tell of it yet."""
         return self.started is not None or self.state is not StepState.RETRYING or self.child is not None
 
+    def note_failure(self, error: BaseException) -> ErrorInfo:
+        """Count a call that has failed."""
+        self.calls += 1
+        self.failures += 1
+        self.error = ErrorInfo.of(error)
+        return self.error
+
     def to_json(self, max_error_text: int = _MAX_ERROR_TEXT) -> list[Any]:
         error = self.error
         if error is not None and len(error.message) > max_error_text:

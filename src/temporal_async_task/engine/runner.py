@@ -214,9 +214,7 @@ class Runner(Attempt):
             record.state = StepState.RETRYING
             raise
         except Exception as error:
-            record.calls += 1
-            record.failures += 1
-            record.error = ErrorInfo.of(error)
+            info = record.note_failure(error)
             counted = record.failures
             if patient:  # with what is worth another try at all: to ask again is to pay for nothing
                 if not policy.max_retries:
@@ -224,7 +222,7 @@ class Runner(Attempt):
                 counted = min(counted, policy.max_retries)
             decision = decide(error, policy, counted)
             if not decision.retry:
-                await self._give_up(record, record.error, error)
+                await self._give_up(record, info, error)
             return None, decision.delay
         record.failures, record.lost, record.error = 0, 0, None
         if value is None:
@@ -477,17 +475,15 @@ class Runner(Attempt):
             await self._park(Wait(self._carrier.now() + UNREADABLE_DELAY, unreadable=reason))
 
     async def _failed(self, call: StepCall, record: StepRecord, policy: RetryPolicy, error: Exception) -> None:
-        record.calls += 1
-        record.failures += 1
-        record.error = ErrorInfo.of(error)
+        info = record.note_failure(error)
         decision = decide(error, policy, record.failures)
         if isinstance(error, RetryableError):
             record.once = False
         elif decision.retry and call.options.at_most_once:
             decision = RetryDecision(retry=False, delay=0.0, reason="at most once")
-        self._log_failure(f"step {record.key!r}", record.error, decision)
+        self._log_failure(f"step {record.key!r}", info, decision)
         if not decision.retry:
-            await self._give_up(record, record.error, error)
+            await self._give_up(record, info, error)
         record.state = StepState.RETRYING
         record.due = self._carrier.now() + decision.delay
         if self._active > 1:  # else the attempt ends with it, and carries the journal
