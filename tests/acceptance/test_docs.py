@@ -21,6 +21,7 @@ import ast
 import asyncio
 import builtins
 import contextlib
+import dataclasses
 import doctest
 import os
 import re
@@ -135,6 +136,39 @@ async def test_an_example_with_a_server_runs_as_it_stands(block: Block, server: 
         for one in workers_above(block):
             workers.enter_context(working(one, tmp_path, **where))
         await asyncio.to_thread(run, block, tmp_path, **where)
+
+
+async def test_the_readmes_fastapi_application_takes_an_order_and_shows_its_result(server: DevServer, tmp_path: Path):
+    [api] = [one for one in examples("memory") if one.name == "api.py"]
+    (tmp_path / "customer.py").write_text(CUSTOMER)
+    where = {"TEMPORAL_ADDRESS": server.address, "TEMPORAL_TASK_QUEUE": f"docs-{uuid.uuid4().hex[:8]}"}
+    with contextlib.ExitStack() as workers:
+        for one in workers_above(api):
+            workers.enter_context(working(one, tmp_path, **where))
+        await asyncio.to_thread(run, dataclasses.replace(api, name="customer.py"), tmp_path, **where)
+
+
+CUSTOMER = """
+import asyncio
+
+import httpx
+from api import app
+
+
+async def main() -> None:
+    shop = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop")
+    async with app.router.lifespan_context(app), shop:
+        assert (await shop.get("/shots/unknown")).status_code == 404
+        ordered = await shop.post("/shots", json={"prompt": "cup"})
+        assert ordered.status_code == 202
+        while (shot := (await shop.get(f"/shots/{ordered.json()['task_id']}")).json())["status"] != "completed":
+            assert shot["error"] is None
+            await asyncio.sleep(0.05)
+        assert shot["url"] == "https://bucket.example/26.png"
+
+
+asyncio.run(main())
+"""
 
 
 def test_every_worker_works_for_an_example_below_it():
