@@ -62,6 +62,7 @@ class UserLoop:
                 logger.exception("%s", refused)
                 self.call_soon(_nothing)  # brings what was posted with it
             else:
+                self._loop.close()  # here, for whoever stops it may not have waited for so long
                 return
 
     def run(self, coro: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -122,8 +123,6 @@ class UserLoop:
         """Stop the loop, if its code lets it; waits for at most ``timeout`` seconds."""
         self.call_soon(self._loop.stop)
         self._thread.join(timeout)
-        if not self._thread.is_alive():
-            self._loop.close()
 
 
 def _nothing() -> None:
@@ -171,7 +170,7 @@ class UserLoops:
                     if not start.is_taken and loop.is_blocked() and start.take():
                         break
                 else:
-                    return cast("T", await running)
+                    return cast("T", await asyncio.shield(running))
             finally:
                 self._taken.discard(loop)
 
