@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from temporalio.converter import DataConverter, PayloadCodec
 
 from support import NEVER_AGAIN, App, wait_until
 from temporal_async_task import async_task, component, current_step, step
+from temporal_async_task.engine.loops import UserLoop, UserLoops
 
 
 class WithoutKeyFor(PayloadCodec):
@@ -81,3 +83,20 @@ async def test_a_run_whose_result_waits_for_a_codec_beyond_a_stop_goes_to_anothe
     await first.stop()
     await app.start(shoot, data_converter=converter)
     assert await shoot.result(task_id, timeout=15) == "the second"
+
+
+async def test_many_event_loops_that_are_blocked_are_waited_for_no_longer_than_one():
+    loops, let_go = UserLoops(shared=False), threading.Event()
+    entered = []
+
+    async def block(loop: UserLoop) -> None:
+        entered.append(loop)
+        let_go.wait(20)
+
+    blocked = [asyncio.create_task(loops.run(block)) for _ in range(5)]
+    await wait_until(lambda: len(entered) == len(blocked))
+    began = time.monotonic()
+    await asyncio.to_thread(loops.stop)
+    assert time.monotonic() - began < 4
+    let_go.set()
+    await asyncio.gather(*blocked)
