@@ -299,6 +299,7 @@ class _Workers:
                 self._watch.cancel()
             await asyncio.to_thread(self._loops.stop)
             self._threads.shutdown()
+            self._activity.abandon()  # once no code of theirs can be told of it
 
 
 def _slots(config: AsyncTaskComponentConfig) -> dict[str, Any]:

@@ -312,9 +312,11 @@ class TemporalAsyncTask(Generic[P, R]):
         backend = self._connected()
         limit = None if timeout is None else _not_negative(timeout, "timeout", self.name)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as waiting:
                 ended = await backend.wait(self._address, _known_text(task_id, self.name))
         except TimeoutError:
+            if not waiting.expired():  # of a codec that asks a key service, say
+                raise
             raise TimeoutError(
                 f"Run {task_id!r} of task {self.name!r} has not ended within {limit} s; it goes on."
             ) from None

@@ -84,9 +84,10 @@ class AttemptActivity:
         self.threads = threads
         self.loop = asyncio.get_running_loop()
         self.mailbox = Mailbox(self.loop, self.loop.call_soon_threadsafe)
-        self._running: set[_AttemptCarrier] = set()
+        self._running: dict[_AttemptCarrier, asyncio.Task[None]] = {}
         self._least_age: float | None = None
         self._draining = False
+        self._abandoning = False
 
     def drain(self) -> None:
         """Begin no new step; give each attempt back once its steps in flight have finished."""
@@ -98,6 +99,16 @@ class AttemptActivity:
         """Give every attempt back now."""
         for attempt in self._running:
             attempt.tell(Runner.interrupt)
+
+    def abandon(self) -> None:
+        """Let go of what has not ended by now, without a report: the heartbeat timeout brings it to another worker.
+
+        What only has to be reported is left alone: it ends as soon as the server answers.
+        """
+        self._abandoning = True
+        for attempt, carrying in self._running.items():
+            if not attempt.has_outcome:
+                carrying.cancel()
 
     def is_late(self, started: datetime, patience: float) -> bool:
         """Whether an attempt was offered long before it came here, by comparison: no clock is trusted to be right."""
@@ -127,15 +138,18 @@ class AttemptActivity:
     async def run(self, args: Sequence[RawValue]) -> Any:
         """Run one attempt. Its outcome goes by task token, so there is nothing to return."""
         attempt = _AttemptCarrier(self, activity.info(), args)
-        self._running.add(attempt)
+        carrying = self._running[attempt] = asyncio.create_task(attempt.carry())
         try:
             if self._draining:
                 attempt.tell(Runner.drain)
-            await self._outlast_core(asyncio.create_task(attempt.carry()), attempt)
+            await self._outlast_core(carrying, attempt)
         except AttemptGoneError:
             logger.info("Task run %s: another attempt has begun, this one is over", attempt.task_id)
+        except asyncio.CancelledError:
+            if not self._abandoning:
+                raise
         finally:
-            self._running.discard(attempt)
+            del self._running[attempt]
         activity.raise_complete_async()
 
     async def _outlast_core(self, carrying: asyncio.Task[None], attempt: _AttemptCarrier) -> None:
@@ -185,6 +199,7 @@ class _AttemptCarrier:
         self._writer: JournalWriter
         self._stopping: asyncio.Task[None] | None = None
         self._cancel_saved = asyncio.Event()
+        self.has_outcome = False
 
     # Told by the worker and by the server
 
@@ -336,7 +351,8 @@ class _AttemptCarrier:
             loops = self._owner.user_loops
             if is_sync(task.function):
                 loop = loops.for_sync_code()
-                outcome = await asyncio.wrap_future(loop.run(run(loop)))
+                # Shielded: who lets go of an attempt does not cancel the user's code.
+                outcome = await asyncio.shield(asyncio.wrap_future(loop.run(run(loop))))
             else:
                 outcome = await loops.run(run)
             await self._report(outcome, journal)  # still with heartbeats: it may take its time
@@ -386,6 +402,7 @@ class _AttemptCarrier:
     # The outcome
 
     async def _report(self, outcome: Outcome, journal: Journal) -> None:
+        self.has_outcome = True
         token = self._info.task_token
         match outcome:
             case Completed(result):

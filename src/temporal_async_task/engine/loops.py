@@ -35,6 +35,7 @@ STALL = 0.25
 """Seconds for which code may hold an event loop before it is reported, and nothing more is begun there."""
 _SLOW = 1.0  # seconds after which a loop counts as blocked, though no line of the application's is seen to do it
 _WATCH_INTERVAL = 0.1
+_STOP_TIMEOUT = 2.0
 _NOT_USERS = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _numbers = itertools.count(1)
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class UserLoop:
                 logger.exception("%s", refused)
                 self.call_soon(_nothing)  # brings what was posted with it
             else:
+                self._loop.close()  # here, for whoever stops it may not have waited for so long
                 return
 
     def run(self, coro: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -118,12 +120,14 @@ class UserLoop:
         own = [line for line in traceback.extract_stack(frame) if not line.filename.startswith(_NOT_USERS)]
         return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if frame and own else None
 
-    def stop(self, timeout: float = 2.0) -> None:
-        """Stop the loop, if its code lets it; waits for at most ``timeout`` seconds."""
+    def ask_to_stop(self) -> None:
+        """Have the loop stop as soon as its code lets it."""
         self.call_soon(self._loop.stop)
+
+    def stop(self, timeout: float = _STOP_TIMEOUT) -> None:
+        """Stop the loop, if its code lets it; waits for at most ``timeout`` seconds."""
+        self.ask_to_stop()
         self._thread.join(timeout)
-        if not self._thread.is_alive():
-            self._loop.close()
 
 
 def _nothing() -> None:
@@ -171,7 +175,7 @@ class UserLoops:
                     if not start.is_taken and loop.is_blocked() and start.take():
                         break
                 else:
-                    return cast("T", await running)
+                    return cast("T", await asyncio.shield(running))
             finally:
                 self._taken.discard(loop)
 
@@ -183,9 +187,13 @@ class UserLoops:
             await asyncio.sleep(_WATCH_INTERVAL)
 
     def stop(self) -> None:
-        """Stop all loops."""
-        for loop in (*self._loops, self._sync):
-            loop.stop()
+        """Stop all loops; waits no longer for many than for one."""
+        loops = (*self._loops, self._sync)
+        for loop in loops:
+            loop.ask_to_stop()
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        for loop in loops:
+            loop.stop(max(deadline - time.monotonic(), 0.0))
 
 
 class _Start(Generic[T]):
