@@ -101,6 +101,8 @@ class TaskInput(_Message):
     """When it must have ended, of a run that goes on in a new history; seconds since the epoch."""
     events: tuple[str, ...] = ()
     """Keys of the events that came before, of a run that goes on; their values follow the journal."""
+    given: tuple[str, ...] = ()
+    """Of these, those for the first attempt in a new history."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,7 @@ class WorkflowBackend(Backend):
             delay=0.0,
             deadline=None,
             events=tuple(events),
+            given=(),
         )
         parts = (start.to_payload(), remains.params, header, results, *events.values())
         memo = {
