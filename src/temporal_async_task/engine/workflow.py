@@ -155,7 +155,7 @@ class TaskWorkflow:
     def _continue_in_a_new_history(self, start: wire.TaskInput, params: RawValue) -> None:
         """Many rounds of waiting have made the history long: go on with an empty one."""
         info = workflow.info()
-        memo = {wire.MEMO_CREATED: wire.created_payload(info.start_time), **info.raw_memo}
+        memo = {wire.MEMO_CREATED: wire.created_payload(info.workflow_start_time), **info.raw_memo}
         memo[wire.MEMO_JOURNAL] = self._journal[0]
         start = replace(start, events=tuple(self._events))
         parts = [start.to_payload(), params.payload, *self._journal, *self._events.values()]
