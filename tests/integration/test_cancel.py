@@ -430,6 +430,51 @@ async def test_a_cancellation_is_prompt_though_the_worker_has_no_slot_left(app: 
         await task.result(task_id, timeout=HEARTBEAT / 3 + 2 * PROMPT)
 
 
+@pytest.mark.parametrize("was", ["held", "resumed"])
+async def test_a_run_that_waits_for_a_slot_to_go_on_is_cleaned_up_when_it_is_cancelled_there(app: App, was: str):
+    vendor, is_taken, release = Vendor(), asyncio.Event(), asyncio.Event()
+
+    @async_task
+    async def other() -> None:
+        is_taken.set()
+        await release.wait()
+
+    async def body() -> str:
+        await step("reserve", vendor.call, "reserve")
+        try:
+            return await wait_for("go", timeout=0.01 if was == "resumed" else None)
+        except asyncio.CancelledError:
+            await step("cleanup", vendor.call, "cleanup")
+            raise
+
+    task = TemporalAsyncTask[None, str]("held", body)
+
+    async def activities() -> list[str]:
+        found = await component.client.get_workflow_handle(task_id).describe()
+        return [one.activity_id for one in found.raw_description.pending_activities]
+
+    async def another_than(offered: list[str]) -> bool:
+        return await activities() != offered
+
+    component = await app.start(task, other, max_concurrent_tasks=1)
+    task_id = await task.submit()
+    await status_when(task, task_id, ended if was == "resumed" else waits)
+    await other.submit()
+    await is_taken.wait()
+    if was == "resumed":
+        await task.resume(task_id)
+    else:
+        await task.send(task_id, "go")
+    offered = await wait_until(activities)
+    await task.cancel(task_id, "not wanted any more")
+    await wait_until(lambda: another_than(offered))
+    release.set()
+    run = await status_when(task, task_id, ended)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "not wanted any more")
+    assert run.completed_steps == ("reserve", "cleanup")
+    assert vendor.calls == ["reserve", "cleanup"]
+
+
 # Before it begins, and when it ends -------------------------------------------------------------------------
 
 

@@ -115,7 +115,8 @@ class TaskWorkflow:
                 activity.cancel()
                 await self._until(activity.done)
                 activity.exception()  # seen: that it was cancelled is no news
-                self._hold(journal)
+                if journal:  # else no attempt of this activity has written any, and the one that it was given holds
+                    self._hold(journal)
                 return None
             await self._until(activity.done, _LOOK_AGAIN[min(looks, len(_LOOK_AGAIN) - 1)])
             looks += 1
