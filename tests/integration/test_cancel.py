@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,7 +49,7 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
-from temporal_async_task.engine import attempt
+from temporal_async_task.engine import attempt, stopping
 from temporal_async_task.task import Execution
 
 PROMPT = 3.0
@@ -1005,7 +1006,7 @@ async def test_a_worker_stops_at_once_though_a_run_is_being_cancelled(app: App):
     assert took < 2
 
 
-def mortal(log: CallLog, *, dies: bool) -> TemporalAsyncTask[None, None]:
+def mortal(log: CallLog, *, dies: bool, heartbeat: float = HEARTBEAT) -> TemporalAsyncTask[None, None]:
     """A task whose cleanup kills its worker, or does not."""
 
     async def clean_up() -> None:
@@ -1029,7 +1030,7 @@ def mortal(log: CallLog, *, dies: bool) -> TemporalAsyncTask[None, None]:
             await step("cleanup", clean_up)
             raise
 
-    return TemporalAsyncTask[None, None]("mortal", body, heartbeat_timeout=HEARTBEAT)
+    return TemporalAsyncTask[None, None]("mortal", body, heartbeat_timeout=heartbeat)
 
 
 async def killed_in_its_cleanup(app: App, log: CallLog) -> Story:
@@ -1052,6 +1053,32 @@ async def test_a_run_whose_worker_is_killed_in_the_cleanup_is_cleaned_up_by_anot
     assert story.calls == ["first", "work", "CancelledError", "cleanup", "CancelledError", "cleanup"]
     assert (story.run.error_type, story.run.error) == ("TaskCancelledError", "why")
     assert story.run.completed_steps == ("first", "cleanup")
+
+
+async def test_a_resumed_run_knows_its_cleanup_though_the_worker_that_was_to_be_told_of_the_cancellation_is_lost(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stopping, "_LATE", timedelta(0))  # to be done sooner
+    log = CallLog(tmp_path / "log")
+    task = mortal(log, dies=False, heartbeat=6)  # so that the lost attempt is still counted as one when it is paused
+    await app.connect(task)
+    with WorkerProcess(__file__, app, CALLS=str(log.path)) as process:
+        task_id = await task.submit()
+        await status_when(task, task_id, lambda run: run.current_step == "work", timeout=PATIENCE)
+        component = await app.start(task)
+        process.kill()
+    await task.cancel(task_id, "why")
+    run = await status_when(task, task_id, ended, timeout=PATIENCE)
+    assert (run.error_type, run.completed_steps) == ("TaskCancelledError", ("first", "cleanup"))
+    found = await component.client.get_workflow_handle(task_id).describe()
+    [left] = found.raw_description.pending_activities
+    assert left.activity_id == "task-1", "the server keeps the one that was lost"
+    await task.resume(task_id)
+    run = await status_when(task, task_id, lambda run: run.current_step == "work")
+    assert run.completed_steps == ("first", "cleanup")
+    await task.cancel(task_id, "why, once more")
+    await status_when(task, task_id, ended, timeout=PATIENCE)
+    assert [line[0] for line in log.lines()] == ["first", "work", "CancelledError", "cleanup", "work", "CancelledError"]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ class Remains:
     start: wire.TaskInput
     params: Payload
     journal: Sequence[Payload]
+    activity_id: str = ""
+    """The activity that was given the journal, and has not given it back."""
     events: dict[str, Payload] = field(default_factory=dict[str, Payload])
 
 
@@ -42,14 +44,15 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
             started = event.workflow_execution_started_event_attributes
             inputs = list(started.input.payloads)
             start = wire.own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
-            remains = Remains(start, inputs[1], inputs[2:4], _events_from_before(event))
+            remains = Remains(start, inputs[1], inputs[2:4], events=_events_from_before(event))
         else:
             _look_at(event, remains)
     if remains is None:
         raise ValueError("The run has no history")
     pending = task_activity(found)
-    if pending is not None and pending.heartbeat_details.payloads:
-        remains.journal = list(pending.heartbeat_details.payloads)
+    # One whose worker is gone is kept until the run ends, and is older than what others have done since.
+    if pending is not None and pending.activity_id == remains.activity_id:
+        remains.journal = list(pending.heartbeat_details.payloads) or remains.journal
     return remains
 
 
@@ -84,12 +87,14 @@ def _events_from_before(first: HistoryEvent) -> dict[str, Payload]:
 def _look_at(event: HistoryEvent, remains: Remains) -> None:
     scheduled = event.activity_task_scheduled_event_attributes
     if scheduled.activity_id.startswith(wire.ACTIVITY_ID):
+        remains.activity_id = scheduled.activity_id
         remains.journal = list(scheduled.input.payloads[2:4]) or remains.journal
     for result in event.activity_task_completed_event_attributes.result.payloads:
         if wire.hold_of(result) is not None:
-            remains.journal = wire.unpack(result)
+            remains.activity_id, remains.journal = "", wire.unpack(result)
     failure = event.workflow_execution_failed_event_attributes.failure.application_failure_info
-    remains.journal = list(failure.details.payloads) or remains.journal
+    if failure.details.payloads:
+        remains.activity_id, remains.journal = "", list(failure.details.payloads)
     _look_for_event(event, remains.events)
 
 
