@@ -213,3 +213,17 @@ async def test_a_history_replays_whether_or_not_the_one_before_could_hand_over_a
         first.data = json.dumps(fields).encode()
         await replayer.replay_workflow(history)
     assert handed_over == len(found) - 1 > 0
+
+
+async def test_a_run_with_more_unread_events_than_fit_into_a_new_history_goes_on_in_its_old_one(frugal: App):
+    rounds = Rounds(8)
+    client = (await frugal.start(rounds.task)).client
+    task_id = await rounds.task.submit(task_id=f"run-{uuid.uuid4().hex}")
+    for number in range(70):
+        await rounds.task.send(task_id, f"unread {number}", "x" * 30_000)
+    await rounds.task.send(task_id, "early", "bird")
+    for key in rounds.keys:
+        await rounds.task.send(task_id, key, f"event of {key}")
+    assert await rounds.task.result(task_id, timeout=20) == rounds.answers
+    [history] = await histories(client, task_id)
+    assert len(history.events) > 2 * SHORT

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from temporalio.api.common.v1 import Payload, WorkflowExecution
+from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.stopping import task_activity
@@ -44,7 +46,8 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
             started = event.workflow_execution_started_event_attributes
             inputs = list(started.input.payloads)
             start = wire.own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
-            remains = Remains(start, inputs[1], inputs[2:4], events=_events_from_before(event))
+            events = await _events_from_before(client, execution.workflow_id, event)
+            remains = Remains(start, inputs[1], inputs[2:4], events=events)
         else:
             _look_at(event, remains)
     if remains is None:
@@ -71,7 +74,7 @@ async def sent_events(client: Client, execution: WorkflowExecution, until: float
     events: dict[str, Payload] | None = None
     async for event in handle.fetch_history_events():
         if events is None:  # the first event
-            events = _events_from_before(event)
+            events = await _events_from_before(client, execution.workflow_id, event)
         elif event.event_time.ToNanoseconds() / 1e9 > until:
             break
         else:
@@ -79,9 +82,18 @@ async def sent_events(client: Client, execution: WorkflowExecution, until: float
     return events or {}
 
 
-def _events_from_before(first: HistoryEvent) -> dict[str, Payload]:
+async def _events_from_before(client: Client, workflow_id: str, first: HistoryEvent) -> dict[str, Payload]:
     inputs = first.workflow_execution_started_event_attributes.input.payloads
-    return dict(zip(wire.TaskInput.from_payload(inputs[0]).events, inputs[4:], strict=True))
+    start = wire.TaskInput.from_payload(inputs[0])
+    events = dict(zip(start.events, inputs[4:], strict=True))
+    if not start.left:
+        return events
+    try:
+        return events | await sent_events(client, WorkflowExecution(workflow_id=workflow_id, run_id=start.left), inf)
+    except RPCError as error:
+        if error.status != RPCStatusCode.NOT_FOUND:  # else the retention of that history is over
+            raise
+        return events
 
 
 def _look_at(event: HistoryEvent, remains: Remains) -> None:

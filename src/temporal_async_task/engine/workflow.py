@@ -154,12 +154,14 @@ class TaskWorkflow:
         )
 
     def _continue_in_a_new_history(self, start: wire.TaskInput, params: RawValue) -> None:
-        """Many rounds of waiting have made the history long: go on with an empty one."""
+        """Many rounds of waiting have made the history long: go on with an empty one, if all that is kept fits in."""
+        start = replace(start, events=tuple(self._events))
+        parts = [start.to_payload(), params.payload, *self._journal, *self._events.values()]
+        if wire.input_size(parts) > wire.MAX_INPUT:
+            return  # too many events that nobody has read yet
         info = workflow.info()
         memo = {wire.MEMO_CREATED: wire.created_payload(info.workflow_start_time), **info.raw_memo}
         memo[wire.MEMO_JOURNAL] = self._journal[0]
-        start = replace(start, events=tuple(self._events))
-        parts = [start.to_payload(), params.payload, *self._journal, *self._events.values()]
         workflow.continue_as_new(
             args=[RawValue(part) for part in parts], memo={key: RawValue(value) for key, value in memo.items()}
         )
