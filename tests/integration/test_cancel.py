@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,7 +49,7 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
-from temporal_async_task.engine import attempt
+from temporal_async_task.engine import attempt, stopping
 from temporal_async_task.task import Execution
 
 PROMPT = 3.0
@@ -428,6 +429,51 @@ async def test_a_cancellation_is_prompt_though_the_worker_has_no_slot_left(app: 
     await task.cancel(task_id)
     with pytest.raises(TaskCancelledError):
         await task.result(task_id, timeout=HEARTBEAT / 3 + 2 * PROMPT)
+
+
+@pytest.mark.parametrize("was", ["held", "resumed"])
+async def test_a_run_that_waits_for_a_slot_to_go_on_is_cleaned_up_when_it_is_cancelled_there(app: App, was: str):
+    vendor, is_taken, release = Vendor(), asyncio.Event(), asyncio.Event()
+
+    @async_task
+    async def other() -> None:
+        is_taken.set()
+        await release.wait()
+
+    async def body() -> str:
+        await step("reserve", vendor.call, "reserve")
+        try:
+            return await wait_for("go", timeout=0.01 if was == "resumed" else None)
+        except asyncio.CancelledError:
+            await step("cleanup", vendor.call, "cleanup")
+            raise
+
+    task = TemporalAsyncTask[None, str]("held", body)
+
+    async def activities() -> list[str]:
+        found = await component.client.get_workflow_handle(task_id).describe()
+        return [one.activity_id for one in found.raw_description.pending_activities]
+
+    async def another_than(offered: list[str]) -> bool:
+        return await activities() != offered
+
+    component = await app.start(task, other, max_concurrent_tasks=1)
+    task_id = await task.submit()
+    await status_when(task, task_id, ended if was == "resumed" else waits)
+    await other.submit()
+    await is_taken.wait()
+    if was == "resumed":
+        await task.resume(task_id)
+    else:
+        await task.send(task_id, "go")
+    offered = await wait_until(activities)
+    await task.cancel(task_id, "not wanted any more")
+    await wait_until(lambda: another_than(offered))
+    release.set()
+    run = await status_when(task, task_id, ended)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "not wanted any more")
+    assert run.completed_steps == ("reserve", "cleanup")
+    assert vendor.calls == ["reserve", "cleanup"]
 
 
 # Before it begins, and when it ends -------------------------------------------------------------------------
@@ -960,8 +1006,10 @@ async def test_a_worker_stops_at_once_though_a_run_is_being_cancelled(app: App):
     assert took < 2
 
 
-def mortal(log: CallLog, *, dies: bool) -> TemporalAsyncTask[None, None]:
-    """A task whose cleanup kills its worker, or does not."""
+def mortal(
+    log: CallLog, *, dies: bool, asks: bool = False, heartbeat: float = HEARTBEAT
+) -> TemporalAsyncTask[None, None]:
+    """A task whose cleanup kills its worker, or does not; it may wait for an event, too."""
 
     async def clean_up() -> None:
         log.note("cleanup")
@@ -982,9 +1030,11 @@ def mortal(log: CallLog, *, dies: bool) -> TemporalAsyncTask[None, None]:
         except asyncio.CancelledError:
             log.note("CancelledError")
             await step("cleanup", clean_up)
+            if asks:
+                await wait_for("go")
             raise
 
-    return TemporalAsyncTask[None, None]("mortal", body, heartbeat_timeout=HEARTBEAT)
+    return TemporalAsyncTask[None, None]("mortal", body, heartbeat_timeout=heartbeat)
 
 
 async def killed_in_its_cleanup(app: App, log: CallLog) -> Story:
@@ -1007,6 +1057,39 @@ async def test_a_run_whose_worker_is_killed_in_the_cleanup_is_cleaned_up_by_anot
     assert story.calls == ["first", "work", "CancelledError", "cleanup", "CancelledError", "cleanup"]
     assert (story.run.error_type, story.run.error) == ("TaskCancelledError", "why")
     assert story.run.completed_steps == ("first", "cleanup")
+
+
+async def test_a_run_knows_its_cleanup_though_the_worker_that_was_to_be_told_of_the_cancellation_is_lost(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stopping, "_LATE", timedelta(0))  # to be done sooner
+    log = CallLog(tmp_path / "log")
+    # A heartbeat timeout that is not over before the run is paused: so the server does not see that the worker is lost.
+    task = mortal(log, dies=False, asks=True, heartbeat=6)
+    await app.connect(task)
+    with WorkerProcess(__file__, app, CALLS=str(log.path)) as process:
+        task_id = await task.submit()
+        await status_when(task, task_id, lambda run: run.current_step == "work", timeout=PATIENCE)
+        component = await app.start(task)
+        process.kill()
+    await task.cancel(task_id, "why")
+    run = await status_when(
+        task, task_id, lambda run: "cleanup" in run.completed_steps and waits(run), timeout=PATIENCE
+    )
+    assert (run.status, run.completed_steps) == (TaskStatus.PROCESSING, ("first", "cleanup"))
+    await task.send(task_id, "go")
+    run = await status_when(task, task_id, ended)
+    assert (run.error_type, run.completed_steps) == ("TaskCancelledError", ("first", "cleanup", "go"))
+    found = await component.client.get_workflow_handle(task_id).describe()
+    left = [one.activity_id for one in found.raw_description.pending_activities]
+    assert left == ["task-1"], "the server keeps the one that was lost"
+    await task.resume(task_id)
+    run = await status_when(task, task_id, lambda run: run.current_step == "work")
+    assert run.completed_steps == ("first", "cleanup", "go")
+    await task.cancel(task_id, "why, once more")
+    await status_when(task, task_id, ended, timeout=PATIENCE)
+    calls = [line[0] for line in log.lines() if line != ["CancelledError"]]
+    assert calls == ["first", "work", "cleanup", "work"], "what was cleaned up is not cleaned up again"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from temporal_async_task import (
     wait_for,
 )
 from temporal_async_task.devserver import DevServer
+from temporal_async_task.engine.workflow_backend import WorkflowBackend
 from temporal_async_task.task import Execution
 
 HEARTBEAT = 3.0
@@ -706,3 +707,75 @@ async def test_a_resumed_run_keeps_its_place_among_those_that_wait(app: App):
     description = await component.client.get_workflow_handle(task_id).describe()
     priority = description.raw_description.workflow_execution_info.priority
     assert (priority.priority_key, priority.fairness_key) == (1, "customer-7")
+
+
+# With more unread events than a workflow can be started with -------------------------------------------------
+
+MANY = [f"event {number}" for number in range(70)]
+"""Events of 30 KB each: 2 MB in all, and more."""
+
+
+def reading(vendor: Vendor) -> TemporalAsyncTask[None, list[str]]:
+    """A task that fails until its vendor is mended, and then reads some of its events."""
+
+    async def body() -> list[str]:
+        await step("first", vendor.call, "first")
+        await wait_for("go")
+        if vendor.is_broken:
+            raise NonRetryableError("a case that was not thought of")
+        return [(await wait_for(key))[: len(key)] for key in (MANY[0], MANY[35], MANY[-1])]
+
+    return TemporalAsyncTask[None, list[str]]("reading", body)
+
+
+async def failed_with_many_events(task: TemporalAsyncTask[None, list[str]]) -> str:
+    task_id = await task.submit()
+    for key in MANY:
+        await task.send(task_id, key, key + "x" * 30_000)
+    await task.send(task_id, "go")
+    await status_when(task, task_id, ended)
+    return task_id
+
+
+async def test_a_run_with_more_unread_events_than_fit_is_resumed_with_all_of_them(app: App):
+    vendor = Vendor()
+    task = reading(vendor)
+    await app.start(task)
+    task_id = await failed_with_many_events(task)
+    vendor.is_broken = False
+    await task.resume(task_id)
+    assert await task.result(task_id, timeout=20) == [MANY[0], MANY[35], MANY[-1]]
+    assert vendor.calls == ["first"]
+
+
+async def test_no_event_is_lost_though_a_resumed_run_fails_again_before_it_was_told_of_all(app: App):
+    vendor = Vendor()
+    task = reading(vendor)
+    await app.start(task)
+    task_id = await failed_with_many_events(task)
+    for _ in range(2):
+        await task.resume(task_id)
+        await status_when(task, task_id, ended)
+    vendor.is_broken = False
+    await task.resume(task_id)
+    assert await task.result(task_id, timeout=20) == [MANY[0], MANY[35], MANY[-1]]
+
+
+async def test_no_event_is_lost_with_a_process_that_dies_as_it_resumes_a_run(app: App, monkeypatch: pytest.MonkeyPatch):
+    vendor = Vendor()
+    task = reading(vendor)
+    component = await app.start(task)
+    task_id = await failed_with_many_events(task)
+    vendor.is_broken = False
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkflowBackend, "_signal_run", dies)
+        with pytest.raises(ConnectionAbortedError):
+            await task.resume(task_id)
+    await status_when(task, task_id, waits)  # for an event that it was to be sent
+    await app.operator(component, task_id).terminate()
+    await task.resume(task_id)
+    assert await task.result(task_id, timeout=20) == [MANY[0], MANY[35], MANY[-1]]
+
+
+async def dies(*_: Any) -> bool:
+    raise ConnectionAbortedError

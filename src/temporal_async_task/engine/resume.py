@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from temporalio.api.common.v1 import Payload, WorkflowExecution
+from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.stopping import task_activity
@@ -25,6 +27,8 @@ class Remains:
     start: wire.TaskInput
     params: Payload
     journal: Sequence[Payload]
+    activity_id: str = ""
+    """The activity that was given the journal, and has not given it back."""
     events: dict[str, Payload] = field(default_factory=dict[str, Payload])
 
 
@@ -42,14 +46,16 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
             started = event.workflow_execution_started_event_attributes
             inputs = list(started.input.payloads)
             start = wire.own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
-            remains = Remains(start, inputs[1], inputs[2:4], _events_from_before(event))
+            events = await _events_from_before(client, execution.workflow_id, event)
+            remains = Remains(start, inputs[1], inputs[2:4], events=events)
         else:
             _look_at(event, remains)
     if remains is None:
         raise ValueError("The run has no history")
     pending = task_activity(found)
-    if pending is not None and pending.heartbeat_details.payloads:
-        remains.journal = list(pending.heartbeat_details.payloads)
+    # One whose worker is gone is kept until the run ends, and is older than what others have done since.
+    if pending is not None and pending.activity_id == remains.activity_id:
+        remains.journal = list(pending.heartbeat_details.payloads) or remains.journal
     return remains
 
 
@@ -68,7 +74,7 @@ async def sent_events(client: Client, execution: WorkflowExecution, until: float
     events: dict[str, Payload] | None = None
     async for event in handle.fetch_history_events():
         if events is None:  # the first event
-            events = _events_from_before(event)
+            events = await _events_from_before(client, execution.workflow_id, event)
         elif event.event_time.ToNanoseconds() / 1e9 > until:
             break
         else:
@@ -76,20 +82,31 @@ async def sent_events(client: Client, execution: WorkflowExecution, until: float
     return events or {}
 
 
-def _events_from_before(first: HistoryEvent) -> dict[str, Payload]:
+async def _events_from_before(client: Client, workflow_id: str, first: HistoryEvent) -> dict[str, Payload]:
     inputs = first.workflow_execution_started_event_attributes.input.payloads
-    return dict(zip(wire.TaskInput.from_payload(inputs[0]).events, inputs[4:], strict=True))
+    start = wire.TaskInput.from_payload(inputs[0])
+    events = dict(zip(start.events, inputs[4:], strict=True))
+    if not start.left:
+        return events
+    try:
+        return events | await sent_events(client, WorkflowExecution(workflow_id=workflow_id, run_id=start.left), inf)
+    except RPCError as error:
+        if error.status != RPCStatusCode.NOT_FOUND:  # else the retention of that history is over
+            raise
+        return events
 
 
 def _look_at(event: HistoryEvent, remains: Remains) -> None:
     scheduled = event.activity_task_scheduled_event_attributes
     if scheduled.activity_id.startswith(wire.ACTIVITY_ID):
+        remains.activity_id = scheduled.activity_id
         remains.journal = list(scheduled.input.payloads[2:4]) or remains.journal
     for result in event.activity_task_completed_event_attributes.result.payloads:
         if wire.hold_of(result) is not None:
-            remains.journal = wire.unpack(result)
+            remains.activity_id, remains.journal = "", wire.unpack(result)
     failure = event.workflow_execution_failed_event_attributes.failure.application_failure_info
-    remains.journal = list(failure.details.payloads) or remains.journal
+    if failure.details.payloads:
+        remains.activity_id, remains.journal = "", list(failure.details.payloads)
     _look_for_event(event, remains.events)
 
 

@@ -115,6 +115,14 @@ async def _pending(client: Client, execution: WorkflowExecution) -> PendingActiv
 
 
 def task_activity(found: DescribeWorkflowExecutionResponse) -> PendingActivityInfo | None:
-    """The activity that carries the run, if one is pending: the last that was scheduled."""
-    ours = [one for one in found.pending_activities if one.activity_id.startswith(wire.ACTIVITY_ID)]
+    """The activity that carries the run, if one is pending: the last that was scheduled, and not given up.
+
+    One whose worker is gone is cancelled, and kept by the server until the run ends.
+    """
+    given_up = PendingActivityState.PENDING_ACTIVITY_STATE_CANCEL_REQUESTED
+    ours = [
+        one
+        for one in found.pending_activities
+        if one.activity_id.startswith(wire.ACTIVITY_ID) and one.state != given_up
+    ]
     return max(ours, key=lambda one: one.scheduled_time.ToNanoseconds(), default=None)

@@ -66,6 +66,8 @@ AFTER_A_LOSS = RetryPolicy(initial_interval=timedelta(seconds=1), backoff_coeffi
 left to this policy is the attempt whose worker was lost: the next one begins after a second, as often as it takes."""
 NO_LIMIT = timedelta(days=3650)
 """The server wants a bound for an attempt. It is not what notices a dead worker (the heartbeat timeout is)."""
+MAX_INPUT = 2 * 1024 * 1024 - 16 * 1024
+"""Bytes that a workflow may be started with. The server takes 2 MB."""
 
 
 class _Message:
@@ -101,6 +103,12 @@ class TaskInput(_Message):
     """When it must have ended, of a run that goes on in a new history; seconds since the epoch."""
     events: tuple[str, ...] = ()
     """Keys of the events that came before, of a run that goes on; their values follow the journal."""
+    given: tuple[str, ...] = ()
+    """Of these, those for the first attempt in a new history."""
+    left: str = ""
+    """Of a run that was resumed, the id of the history before, if not all of its events have fitted here. The others
+    are sent anew. Those that are not, because who resumes it dies or it fails again before, are found there the next
+    time that it is resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +216,11 @@ def cancel_mark(error_types: Sequence[str] | None) -> str | None:
         if error_type.startswith(CANCEL_MARK):
             return error_type.removeprefix(CANCEL_MARK)
     return None
+
+
+def input_size(payloads: Sequence[Payload]) -> int:
+    """Bytes of a workflow's arguments, as the server counts them."""
+    return Payloads(payloads=payloads).ByteSize()
 
 
 def pack(payloads: Sequence[Payload]) -> Payload:

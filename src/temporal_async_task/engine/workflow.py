@@ -66,7 +66,9 @@ class TaskWorkflow:
         deadline = start.deadline
         if deadline is None and start.timeout is not None:
             deadline = workflow.now().timestamp() + start.timeout
-        attempt = wire.AttemptInput(origin=start.origin, timeout=start.timeout, deadline=deadline)
+        attempt = wire.AttemptInput(
+            origin=start.origin, timeout=start.timeout, deadline=deadline, events=tuple(start.given)
+        )
         while True:
             if self._cancel_reason is not None and not attempt.cancelled:
                 if not self._journal:  # nothing was begun, so there is nothing to clean up
@@ -82,10 +84,12 @@ class TaskWorkflow:
                 del self._events[key]  # it is in the journal now
             self._hold(wire.unpack(result.payload))
             await self._wait_for_event(hold, attempt)
-            if workflow.info().is_continue_as_new_suggested() and not self._is_cancelled():
-                self._continue_in_a_new_history(replace(start, delay=0.0, deadline=deadline), params)
             first = next((key for key in hold.events if key in self._events), None)
-            attempt = replace(attempt, events=() if first is None else (first,))
+            given = () if first is None else (first,)
+            if workflow.info().is_continue_as_new_suggested() and not self._is_cancelled():
+                # With the event: a large journal makes the new history long at once, and each has to get somewhere.
+                self._continue_in_a_new_history(replace(start, delay=0.0, deadline=deadline, given=given), params)
+            attempt = replace(attempt, events=given)
 
     async def _attempt(
         self, name: str, start: wire.TaskInput, attempt: wire.AttemptInput, params: RawValue
@@ -111,7 +115,8 @@ class TaskWorkflow:
                 activity.cancel()
                 await self._until(activity.done)
                 activity.exception()  # seen: that it was cancelled is no news
-                self._hold(journal)
+                if journal:  # else no attempt of this activity has written any, and the one that it was given holds
+                    self._hold(journal)
                 return None
             await self._until(activity.done, _LOOK_AGAIN[min(looks, len(_LOOK_AGAIN) - 1)])
             looks += 1
@@ -149,12 +154,14 @@ class TaskWorkflow:
         )
 
     def _continue_in_a_new_history(self, start: wire.TaskInput, params: RawValue) -> None:
-        """Many rounds of waiting have made the history long: go on with an empty one."""
-        info = workflow.info()
-        memo = {wire.MEMO_CREATED: wire.created_payload(info.start_time), **info.raw_memo}
-        memo[wire.MEMO_JOURNAL] = self._journal[0]
+        """Many rounds of waiting have made the history long: go on with an empty one, if all that is kept fits in."""
         start = replace(start, events=tuple(self._events))
         parts = [start.to_payload(), params.payload, *self._journal, *self._events.values()]
+        if wire.input_size(parts) > wire.MAX_INPUT:
+            return  # too many events that nobody has read yet
+        info = workflow.info()
+        memo = {wire.MEMO_CREATED: wire.created_payload(info.workflow_start_time), **info.raw_memo}
+        memo[wire.MEMO_JOURNAL] = self._journal[0]
         workflow.continue_as_new(
             args=[RawValue(part) for part in parts], memo={key: RawValue(value) for key, value in memo.items()}
         )

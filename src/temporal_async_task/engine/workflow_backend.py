@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 MAX_EVENT = 32 * 1024
 """Bytes; what the limit of a journal leaves."""
+_AROUND_AN_EVENT = 16
+"""Bytes, at most, that a value and its key take as arguments beside themselves."""
 _PAGE = 1000
 _ENDING = 7
 """Events that a run's history has at least when its activity has ended."""
@@ -203,9 +206,15 @@ class WorkflowBackend(Backend):
             timeout=task.timeout,
             delay=0.0,
             deadline=None,
-            events=tuple(events),
+            events=(),
+            given=(),
+            left=info.execution.run_id,
         )
-        parts = (start.to_payload(), remains.params, header, results, *events.values())
+        parts = [start.to_payload(), remains.params, header, results]
+        carried = _that_fit(wire.MAX_INPUT - wire.input_size(parts), events)
+        rest = {key: value for key, value in events.items() if key not in carried}
+        start = replace(start, events=tuple(carried), left=start.left if rest else "")
+        parts = [start.to_payload(), *parts[1:], *carried.values()]
         memo = {
             wire.MEMO_CREATED: info.memo.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.start_time),
             wire.MEMO_JOURNAL: header,
@@ -229,6 +238,9 @@ class WorkflowBackend(Backend):
         except RPCError as error:
             raise translated(error, self._client) from error
         self._remember(task, task_id, started.result_run_id or "")
+        for key, value in rest.items():
+            if not await self._signal_run(task_id, wire.SIGNAL_EVENT, wire.EventInput(key).to_payload(), value):
+                break  # it has ended, and is to be resumed with the rest
 
     async def cancel(self, task: TaskAddress, task_id: str, reason: str) -> None:
         text = await self._values(task_id).seal_text(ErrorInfo.named("", reason).message)
@@ -256,10 +268,11 @@ class WorkflowBackend(Backend):
 
     async def _signal(self, info: WorkflowExecutionInfo, name: str, *args: Payload) -> bool:
         """Signal a run; False if it has ended."""
-        if info.status not in _RUNNING:
-            return False
+        return info.status in _RUNNING and await self._signal_run(info.execution.workflow_id, name, *args)
+
+    async def _signal_run(self, task_id: str, name: str, *args: Payload) -> bool:
         # Of a run that goes on in a new history, the last one.
-        handle = self._client.get_workflow_handle(info.execution.workflow_id)
+        handle = self._client.get_workflow_handle(task_id)
         try:
             await handle.signal(name, args=[RawValue(arg) for arg in args])
         except RPCError as error:
@@ -303,6 +316,17 @@ class WorkflowBackend(Backend):
         if isinstance(outcome, Payload):
             return await completed(task_id, info, outcome, values, task.result_type)
         return await failed(task_id, found, outcome, values)
+
+
+def _that_fit(room: int, events: Mapping[str, Payload]) -> dict[str, Payload]:
+    """Events, with their keys, for which there is room."""
+    fit: dict[str, Payload] = {}
+    for key, value in events.items():
+        size = value.ByteSize() + len(json.dumps(key)) + _AROUND_AN_EVENT
+        if size <= room:
+            fit[key] = value
+            room -= size
+    return fit
 
 
 def _priority(info: WorkflowExecutionInfo) -> Priority:
