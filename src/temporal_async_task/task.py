@@ -311,8 +311,9 @@ class TemporalAsyncTask(Generic[P, R]):
         """
         backend = self._connected()
         limit = None if timeout is None else _not_negative(timeout, "timeout", self.name)
+        waiting = asyncio.timeout(limit)
         try:
-            async with asyncio.timeout(limit) as waiting:
+            async with waiting:
                 ended = await backend.wait(self._address, _known_text(task_id, self.name))
         except TimeoutError:
             if not waiting.expired():  # of a codec that asks a key service, say

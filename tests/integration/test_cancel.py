@@ -1023,6 +1023,9 @@ def mortal(
     async def first() -> None:
         log.note("first")
 
+    async def ask() -> None:  # not in the body itself: a task that an activity carries is refused for that
+        await wait_for("go")
+
     async def body() -> None:
         await step("first", first)
         try:
@@ -1031,7 +1034,7 @@ def mortal(
             log.note("CancelledError")
             await step("cleanup", clean_up)
             if asks:
-                await wait_for("go")
+                await ask()
             raise
 
     return TemporalAsyncTask[None, None]("mortal", body, heartbeat_timeout=heartbeat)
