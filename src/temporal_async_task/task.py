@@ -259,6 +259,8 @@ class TemporalAsyncTask(Generic[P, R]):
                 priority, or the fairness key cannot be one.
             PayloadTooLargeError: The params are larger than the server takes.
             StorageError: The external storage, where the params are to be kept, cannot be used just now.
+            DecryptionError: The id is in use, and what its run was started with cannot be compared here: this process
+                lacks the codec or the key.
             TaskConflictError: The id stands for a run with other params, or of another task.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
@@ -290,6 +292,7 @@ class TemporalAsyncTask(Generic[P, R]):
 
         Raises:
             TaskNotFoundError: No run of this task has the id.
+            DecryptionError: What is known of the run cannot be read here: this process lacks the codec or the key.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
             InvalidKeyError: The id cannot be one.
@@ -309,6 +312,7 @@ class TemporalAsyncTask(Generic[P, R]):
             TimeoutError: It has not ended in time.
             ResultError: The result does not fit the function's annotation any more, or is not in external storage.
             StorageError: The external storage, where the result is, cannot be used just now.
+            DecryptionError: The result cannot be read here: this process lacks the codec or the key.
             TaskNotFoundError: No run of this task has the id.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
@@ -390,6 +394,7 @@ class TemporalAsyncTask(Generic[P, R]):
         Raises:
             TaskConflictError: The run is going on, has completed, or has no step of ``redo``.
             TaskNotFoundError: No run of this task has the id.
+            DecryptionError: What the run has done cannot be read here: this process lacks the codec or the key.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
             InvalidKeyError: The id cannot be one.
@@ -433,6 +438,7 @@ class TemporalAsyncTask(Generic[P, R]):
 
         Raises:
             ConfigError: There is no such status.
+            DecryptionError: A run cannot be read here: this process lacks the codec or the key.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
         """
