@@ -26,7 +26,10 @@ _SHOWN_OUTPUT = 4096  # bytes of the server's output in an error
 # The server looks for tasks to hand out 20 times a second in each of its shards. In a cluster that bounds nobody; a dev
 # server has one shard, and one task after the other would wait up to 50 ms at each step of its way. No more than 100,
 # because looking more seldom finds more at once, which is cheaper when there is much to do.
-_ONE_SHARD = ("--dynamic-config-value", "history.transferProcessorMaxPollRPS=100")
+_ONE_SHARD = ("history.transferProcessorMaxPollRPS=100",)
+# So that runs are begun in the order of their priorities and fairness keys. Each partition of a task queue has an order
+# of its own; a cluster has several for its throughput. Those in which a file still has runs are read on.
+_IN_ORDER = ("matching.enableFairness=true", "matching.numTaskqueueWritePartitions=1")
 
 
 class DevServer:
@@ -142,7 +145,9 @@ class DevServer:
         port = _free_port(self._port)
         ui_port = _free_port(self._ui_port) if self._ui else 0
         command = [binary, "server", "start-dev", "--ip", _HOST, "--port", str(port)]
-        command += ["--namespace", self._namespace, "--log-level", "error", *_ONE_SHARD]
+        command += ["--namespace", self._namespace, "--log-level", "error"]
+        for setting in (*_ONE_SHARD, *_IN_ORDER):
+            command += ["--dynamic-config-value", setting]
         command += ["--ui-port", str(ui_port)] if self._ui else ["--headless"]
         cwd = None
         try:

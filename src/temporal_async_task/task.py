@@ -22,6 +22,7 @@ from temporal_async_task.engine.standalone import StandaloneBackend
 from temporal_async_task.engine.workflow_backend import WorkflowBackend
 from temporal_async_task.errors import (
     ConfigError,
+    InvalidKeyError,
     NotConnectedError,
     ParamsError,
     ResultError,
@@ -54,6 +55,7 @@ Execution = Literal["workflow", "activity"]
 DEFAULT_TASK_QUEUE = "async-tasks"
 
 _PRIORITIES = range(1, 6)
+_MAX_FAIRNESS_KEY = 64  # bytes; the server's
 
 
 class TaskOptions(TypedDict, total=False):
@@ -245,16 +247,20 @@ class TemporalAsyncTask(Generic[P, R]):
             delay: Seconds (or a ``timedelta``) before the run begins.
             priority: 1 to 5, the lower the sooner, among the runs that wait for a worker; Temporal's default is 3.
                 See https://docs.temporal.io/develop/task-queue-priority-fairness.
-            fairness_key: Runs with different keys (tenants, say) get an equal share of the workers.
+            fairness_key: At most 64 bytes. Runs with different keys (tenants, say) get an equal share of the workers,
+                among those of one priority. The server has to be told to heed it: on Temporal Cloud by the namespace's
+                setting, on a server of your own by ``matching.enableFairness``. ``DevServer`` does.
 
         Returns:
             The run's id.
 
         Raises:
             ParamsError: The params do not fit the function's annotation, or cannot be serialised; or there is no such
-                priority.
+                priority, or the fairness key cannot be one.
             PayloadTooLargeError: The params are larger than the server takes.
             StorageError: The external storage, where the params are to be kept, cannot be used just now.
+            DecryptionError: The id is in use, and what its run was started with cannot be compared here: this process
+                lacks the codec or the key.
             TaskConflictError: The id stands for a run with other params, or of another task.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
@@ -268,6 +274,8 @@ class TemporalAsyncTask(Generic[P, R]):
         check_text(task_id, "A task id")
         if priority is not None and priority not in _PRIORITIES:
             raise ParamsError(f"priority must be a whole number from 1 (soonest) to 5, not {priority!r}.")
+        if fairness_key is not None:
+            _check_fairness_key(fairness_key)
         wait = 0.0 if delay is None else _not_negative(delay, "delay", self.name)
         order = Priority(priority_key=priority, fairness_key=fairness_key)
         try:
@@ -284,6 +292,7 @@ class TemporalAsyncTask(Generic[P, R]):
 
         Raises:
             TaskNotFoundError: No run of this task has the id.
+            DecryptionError: What is known of the run cannot be read here: this process lacks the codec or the key.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
             InvalidKeyError: The id cannot be one.
@@ -303,6 +312,7 @@ class TemporalAsyncTask(Generic[P, R]):
             TimeoutError: It has not ended in time.
             ResultError: The result does not fit the function's annotation any more, or is not in external storage.
             StorageError: The external storage, where the result is, cannot be used just now.
+            DecryptionError: The result cannot be read here: this process lacks the codec or the key.
             TaskNotFoundError: No run of this task has the id.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
@@ -384,6 +394,7 @@ class TemporalAsyncTask(Generic[P, R]):
         Raises:
             TaskConflictError: The run is going on, has completed, or has no step of ``redo``.
             TaskNotFoundError: No run of this task has the id.
+            DecryptionError: What the run has done cannot be read here: this process lacks the codec or the key.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
             InvalidKeyError: The id cannot be one.
@@ -427,6 +438,7 @@ class TemporalAsyncTask(Generic[P, R]):
 
         Raises:
             ConfigError: There is no such status.
+            DecryptionError: A run cannot be read here: this process lacks the codec or the key.
             NotConnectedError: There is no client yet.
             ServerUnavailableError: The server does not answer.
         """
@@ -627,6 +639,17 @@ def _callers_locals() -> Mapping[str, Any]:
     while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
     return frame.f_locals
+
+
+def _check_fairness_key(key: str) -> None:
+    try:
+        size = len(check_text(key, "fairness_key").encode())
+    except InvalidKeyError as error:
+        raise ParamsError(str(error)) from None
+    if size > _MAX_FAIRNESS_KEY:
+        raise ParamsError(
+            f"fairness_key {key!r} is {size} bytes long; Temporal's limit is {_MAX_FAIRNESS_KEY}. Use a digest of it."
+        )
 
 
 def _positive(value: float | timedelta, what: str, name: str) -> float:

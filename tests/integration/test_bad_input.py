@@ -400,6 +400,34 @@ async def test_a_delay_that_makes_no_sense_is_refused(app: App, delay: Any):
         await shoot.submit("a cup", delay=delay)
 
 
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("", "empty"),
+        (" ", "empty"),
+        (7, "must be text"),
+        ("\ud800", "lone surrogates"),
+        ("x" * 65, "65 bytes long; Temporal's limit is 64"),
+        ("é" * 33, "66 bytes long"),
+        ("x" * 300, "300 bytes long"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+@on_both
+async def test_a_fairness_key_that_cannot_be_one_is_refused(app: App, key: Any, says: str):
+    shoot = TemporalAsyncTask("shoot", generate)
+    await app.connect(shoot)
+    with pytest.raises(ParamsError, match=rf"fairness_key .*{says}"):
+        await shoot.submit(fairness_key=key)
+
+
+@on_both
+async def test_the_longest_fairness_key_is_taken(app: App):
+    shoot = TemporalAsyncTask("shoot", generate)
+    await app.connect(shoot)
+    assert await shoot.submit(fairness_key="é" * 32)
+
+
 # The wrong moment -----------------------------------------------------------------------------------------
 
 

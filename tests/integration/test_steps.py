@@ -20,9 +20,11 @@ from temporal_async_task import (
     async_task,
     current_run,
     current_step,
+    poll,
     progress,
     sleep,
     step,
+    wait_for,
 )
 
 
@@ -401,6 +403,7 @@ async def test_idempotency_keys_differ_between_steps_and_runs(app: App):
 
 @on_both
 async def test_a_task_that_sleeps_or_backs_off_holds_no_slot(app: App):
+    """Nor does one that polls."""
     calls = Calls()
 
     @async_task
@@ -413,12 +416,38 @@ async def test_a_task_that_sleeps_or_backs_off_holds_no_slot(app: App):
         await step("fail", calls.fail, 1)
 
     @async_task
+    async def ask() -> None:
+        await poll("ask", calls.echo, None, every=3600)
+
+    @async_task
     async def quick() -> str:
         return "done"
 
-    await app.start(nap, stuck, quick, max_concurrent_tasks=1)
-    ids = [await nap.submit(), await stuck.submit()]
+    await app.start(nap, stuck, ask, quick, max_concurrent_tasks=1)
+    ids = [await nap.submit(), await stuck.submit(), await ask.submit()]
     run = await status_when(nap, ids[0], backs_off)
     assert (run.current_step, run.last_error) == ("nap", None)
     await status_when(stuck, ids[1], backs_off)
+    run = await status_when(ask, ids[2], backs_off)
+    assert (run.current_step, run.last_error) == ("ask", None)
     assert await quick.run(timeout=10) == "done"
+    assert calls.count(None) == 1
+
+
+async def test_a_task_that_waits_for_an_event_holds_no_slot(app: App):
+    @async_task
+    async def ask() -> str:
+        return await wait_for("approval")
+
+    @async_task
+    async def quick() -> str:
+        return "done"
+
+    await app.start(ask, quick, max_concurrent_tasks=1)
+    ids = [await ask.submit() for _ in range(3)]
+    for task_id in ids:
+        await status_when(ask, task_id, lambda run: run.current_step == "approval")
+    assert await quick.run(timeout=10) == "done"
+    for task_id in ids:
+        await ask.send(task_id, "approval", "approved")
+        assert await ask.result(task_id, timeout=10) == "approved"
