@@ -39,7 +39,7 @@ from temporal_async_task import (
 )
 from temporal_async_task.devserver import DevServer, _find_binary
 from temporal_async_task.encryption import AESGCMCodec, encrypted_data_converter, generate_key
-from temporal_async_task.engine import activity, runner, wire
+from temporal_async_task.engine import attempt_end, runner, wire
 
 pytestmark = pytest.mark.case(16, "security")
 
@@ -258,7 +258,7 @@ KEYS = {"old": generate_key(), "new": generate_key()}
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker cannot read is left after a try, and offered again after a second."""
-    monkeypatch.setattr(activity, "UNREADABLE_DELAY", 1.0)
+    monkeypatch.setattr(attempt_end, "UNREADABLE_DELAY", 1.0)
     monkeypatch.setattr(runner, "UNREADABLE_DELAY", 1.0)
     monkeypatch.setattr(runner, "_READS", 2)
 

@@ -32,7 +32,7 @@ from temporal_async_task import (
     sleep,
     step,
 )
-from temporal_async_task.engine import activity
+from temporal_async_task.engine import attempt_end
 from temporal_async_task.task import Execution
 
 CANARY = "canary-4b1d"
@@ -187,7 +187,7 @@ async def test_duplicates_and_conflicts_are_told_apart_with_a_codec(app: App):
 async def test_a_worker_that_cannot_decode_a_run_leaves_it_to_one_that_can(
     app: App, monkeypatch: pytest.MonkeyPatch, begun: bool, codec: Masking | None
 ):
-    monkeypatch.setattr(activity, "UNREADABLE_DELAY", 1.0)
+    monkeypatch.setattr(attempt_end, "UNREADABLE_DELAY", 1.0)
     calls = []
 
     async def flaky(prompt: str) -> str:

@@ -40,7 +40,7 @@ from temporal_async_task import (
     sleep,
     step,
 )
-from temporal_async_task.engine import activity
+from temporal_async_task.engine import attempt_end
 
 LOG = CallLog(Path(os.environ.get("CALL_LOG", os.devnull)))
 """In a worker process: what it called."""
@@ -232,7 +232,7 @@ async def test_a_queue_without_tasks_is_not_polled(app: App):
 async def test_a_task_that_a_worker_does_not_know_is_not_failed_and_goes_on_once_one_does(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, greeting: TemporalAsyncTask[str, str]
 ):
-    monkeypatch.setattr(activity, "UNREADABLE_DELAY", 1.0)
+    monkeypatch.setattr(attempt_end, "UNREADABLE_DELAY", 1.0)
     unaware = TemporalAsyncTask[str, str]("unaware", echo)
     first = await app.start(unaware)
     await app.connect(greeting)
@@ -253,7 +253,7 @@ async def test_a_task_that_a_worker_does_not_know_is_not_failed_and_goes_on_once
 async def test_steps_that_were_finished_are_kept_by_a_worker_that_does_not_know_the_task(
     app: App, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(activity, "UNREADABLE_DELAY", 1.0)
+    monkeypatch.setattr(attempt_end, "UNREADABLE_DELAY", 1.0)
     calls = []
 
     async def count() -> int:

@@ -14,7 +14,6 @@ import functools
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
@@ -23,29 +22,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from temporalio import activity
 from temporalio.api.common.v1 import Payload, WorkflowExecution
 from temporalio.common import RawValue
-from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from temporal_async_task.engine import wire
+from temporal_async_task.engine.attempt_end import AttemptEnd
 from temporal_async_task.engine.body import bind_body
 from temporal_async_task.engine.carrier import RunSettings
+from temporal_async_task.engine.client import AttemptGoneError
 from temporal_async_task.engine.execution import execution_of
-from temporal_async_task.engine.journal import ErrorInfo, Journal, Snapshot
+from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.engine.mailbox import Mailbox
 from temporal_async_task.engine.outcome import (
-    NEVER,
-    UNREADABLE_DELAY,
-    Cancelled,
-    Completed,
     Failed,
     Outcome,
-    Parked,
-    Superseded,
 )
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.signatures import is_sync
 from temporal_async_task.engine.stopping import stop_and_look
-from temporal_async_task.engine.values import MAX_PAYLOAD, NamedEvents, PayloadValues
-from temporal_async_task.engine.writer import AttemptGoneError, JournalWriter, complete, fail, insist
+from temporal_async_task.engine.stored_journal import StoredJournal
+from temporal_async_task.engine.values import NamedEvents, PayloadValues
+from temporal_async_task.engine.writer import JournalWriter
 from temporal_async_task.errors import ParamsError, ResultError, StoredValueLostError, TaskNotRegisteredError
 
 if TYPE_CHECKING:
@@ -62,8 +57,6 @@ T = TypeVar("T")
 
 KEEP_ALIVE = 5.0
 """Seconds, at most, between two heartbeats; so long may a running attempt take to learn of a request."""
-_MAX_FRAMES = 20
-_SOON = timedelta(milliseconds=1)  # zero would be dropped, and the policy's delay taken
 
 
 class AttemptActivity:
@@ -181,14 +174,13 @@ class _AttemptCarrier:
         self._execution = execution_of(owner.client, info, args[0].payload)
         self._input = self._execution.input
         self._params = args[1].payload
-        details = info.heartbeat_details or args[2:4]
-        self._details: list[Payload] = [value.payload for value in details]
         values = [value.payload.SerializeToString() for value in args[4:]]
         self.task_id = self._execution.task_id
         self._mailbox = owner.mailbox
         self._values = PayloadValues(owner.converter, info.namespace, self.task_id, owner.loop)
+        given = info.heartbeat_details or args[2:4]
+        self._journal = StoredJournal(self._values, info, [value.payload for value in given])
         self._events = NamedEvents(self._values, dict(zip(self._input.events, values, strict=True)))
-        self._lost = 0
         self._user_loop: UserLoop | None = None
         self._runner: Runner | None = None
         self._requests: list[Callable[[Runner], None]] = []
@@ -196,10 +188,17 @@ class _AttemptCarrier:
         self._apart: set[asyncio.Task[Any]] = set()
         # The server's clock, so that a worker's own may be wrong: due times outlive the attempt.
         self._clock_offset = info.started_time.timestamp() - time.monotonic()
+        self._end = AttemptEnd(
+            self._client, info.task_token, self._execution, values=self._values, journal=self._journal, now=self.now
+        )
         self._writer: JournalWriter
         self._stopping: asyncio.Task[None] | None = None
         self._cancel_saved = asyncio.Event()
-        self.has_outcome = False
+
+    @property
+    def has_outcome(self) -> bool:
+        """Whether the attempt only has to be reported."""
+        return self._end.is_known
 
     # Told by the worker and by the server
 
@@ -285,25 +284,25 @@ class _AttemptCarrier:
                 self.task_id,
             )
             reason = f"task {name!r} is not registered on worker {self._client.identity!r}"
-            await self._leave(f"{TaskNotRegisteredError.__name__}: {reason}")
+            await self._end.leave(f"{TaskNotRegisteredError.__name__}: {reason}")
             return
         journal = Journal()
         try:
-            journal = await self._read_journal()
-            reason = await self._values.unseal_text(self._input.reason)
+            journal = await self._journal.read()
+            cancel_reason = await self._values.unseal_text(self._input.reason)
             params = await self._values.readable(self._params)
         except StoredValueLostError as error:
-            await self._report(Failed(ParamsError(f"The params of task {task.name!r}: {error}")), journal)
+            await self._end.report(Failed(ParamsError(f"The params of task {task.name!r}: {error}")), journal)
             return
         except Exception as error:
             # A codec's key that this worker does not have, a store that it cannot reach: another may.
             logger.exception("Task run %s: it cannot be read here, and is left to another worker", self.task_id)
-            await self._leave(
+            await self._end.leave(
                 f"{type(error).__name__}: the run cannot be read by worker {self._client.identity!r}: {error}"
             )
             return
         if self._input.cancelled:
-            journal.cancel_reason = reason
+            journal.cancel_reason = cancel_reason
         await self._drive(task, journal, params)
 
     async def _drive(self, task: TaskDefinition, journal: Journal, params: Payload) -> None:
@@ -312,7 +311,7 @@ class _AttemptCarrier:
         try:
             args = [self._values.convert(params, task.params_type)] if task.takes_params else []
         except ResultError as error:
-            await self._report(Failed(ParamsError(f"The params of task {task.name!r}: {error}")), journal)
+            await self._end.report(Failed(ParamsError(f"The params of task {task.name!r}: {error}")), journal)
             return
         if journal.started is None:
             journal.started = self.now()
@@ -335,15 +334,15 @@ class _AttemptCarrier:
             self._client,
             self._info.task_token,
             journal.snapshot,
-            self._encode,
+            self._journal.encode,
             has_codec=self._values.has_codec,
             interval=min(heartbeat / 3, KEEP_ALIVE),
             listener=self,
         )
-        writing = asyncio.create_task(self._writer.run(self._details))
+        writing = asyncio.create_task(self._writer.run(self._journal.given))
         writing.add_done_callback(self._writer_ended)
         try:
-            if (self._lost or self._owner.is_late(self._info.started_time, heartbeat / 2)) and not (
+            if (self._journal.lost or self._owner.is_late(self._info.started_time, heartbeat / 2)) and not (
                 await self._is_current(writing)
             ):
                 return
@@ -355,7 +354,7 @@ class _AttemptCarrier:
                 outcome = await asyncio.shield(asyncio.wrap_future(loop.run(run(loop))))
             else:
                 outcome = await loops.run(run)
-            await self._report(outcome, journal)  # still with heartbeats: it may take its time
+            await self._end.report(outcome, journal)  # still with heartbeats: it may take its time
         finally:
             writing.cancel()
             for work in self._apart:
@@ -399,104 +398,6 @@ class _AttemptCarrier:
             request(runner)
         return await runner.run(bind_body(task.function, tuple(args), runner))
 
-    # The outcome
-
-    async def _report(self, outcome: Outcome, journal: Journal) -> None:
-        self.has_outcome = True
-        token = self._info.task_token
-        match outcome:
-            case Completed(result):
-                payload = Payload.FromString(result)
-                header = (await self._insist_encode(journal))[0].SerializeToString()
-                if payload.ByteSize() + len(header) <= MAX_PAYLOAD:
-                    payload.metadata[wire.RESULT_JOURNAL] = header
-                await complete(self._client, token, payload)
-            case Failed(error):
-                await self._end(error, type(error).__name__, journal)
-                in_clear = not self._values.encrypts
-                logger.error(
-                    "Task run %s of %s has failed: %s",
-                    self.task_id,
-                    self._execution.task_name,
-                    ErrorInfo.of(error) if in_clear else type(error).__name__,
-                    exc_info=error if in_clear else None,
-                )
-            case Cancelled(reason):
-                sealed = await insist(lambda: self._values.seal_text(reason), "encode why the run was cancelled")
-                await self._execution.cancel_done(sealed)
-                await self._end(RuntimeError(reason), wire.CANCELLED, journal)
-            case Parked(due, _, events) if events:
-                names = tuple(map(self._values.event_name, events))
-                hold = wire.Hold(None if due == NEVER else due, names, self._taken(journal))
-                await complete(self._client, token, wire.hold_payload(hold, await self._insist_encode(journal)))
-            case Parked(due, reason, left=left):
-                delay = timedelta(seconds=max(due - self.now(), 0.0))
-                how = wire.ATTEMPT_LEFT if left else wire.ATTEMPT_ENDED
-                if left:
-                    reason += f" (worker {self._client.identity!r})"
-                await self._give_back(reason, delay, await self._insist_encode(journal, ended=True), how)
-            case Superseded():
-                pass
-
-    def _taken(self, journal: Journal) -> tuple[str, ...]:
-        """Which of the events that the attempt was given are in the journal."""
-        keys = [record.key for record in journal.done()] if self._input.events else []
-        names = {*keys, *map(self._values.event_name, keys)}
-        return tuple(name for name in self._input.events if name in names)
-
-    async def _end(self, error: BaseException, error_type: str, journal: Journal) -> None:
-        """Fail the run for good, and keep its journal: ``resume`` goes on from it."""
-        final = _to_application_error(error, error_type)
-        encoded = await self._insist_encode(journal)
-        apart = self._execution.keeps_heartbeats
-        failure = await insist(lambda: self._values.to_failure(final, () if apart else encoded), "encode the failure")
-        await fail(self._client, self._info.task_token, failure, encoded if apart else ())
-
-    async def _leave(self, reason: str) -> None:
-        """Give the attempt back untouched: this worker cannot serve the run."""
-        details = self._details
-        if not details:
-            # In clear: this worker may have the wrong key.
-            details = [wire.nothing_begun(), wire.nothing_begun()]
-        details[0].metadata[wire.ATTEMPTS] = str(self._info.attempt).encode()
-        await self._give_back(reason, timedelta(seconds=UNREADABLE_DELAY), details, wire.ATTEMPT_LEFT)
-
-    async def _give_back(self, reason: str, delay: timedelta, details: Sequence[Payload], how: str) -> None:
-        error = ApplicationError(
-            reason,
-            type=how,
-            next_retry_delay=max(delay, _SOON),
-            category=ApplicationErrorCategory.BENIGN,  # waiting is no error: not logged, not counted as one
-        )
-        failure = await insist(lambda: self._values.to_failure(error), "encode the failure")
-        await fail(self._client, self._info.task_token, failure, details)
-
-    # The journal, to and from payloads
-
-    async def _read_journal(self) -> Journal:
-        journal = await self._values.decode_journal(self._details)
-        accounted = 0
-        if self._info.heartbeat_details:
-            accounted = int(self._details[0].metadata.get(wire.ATTEMPTS, b"0"))
-            if journal.earlier + self._info.attempt <= journal.attempt:  # the activity was reset, and counts anew
-                journal.earlier = journal.attempt
-        else:  # the first attempt of an activity that goes on where another was stopped
-            journal.earlier = journal.attempt
-        self._lost = max(self._info.attempt - 1 - accounted, 0)
-        journal.count_lost(self._lost)
-        return journal
-
-    async def _insist_encode(self, journal: Journal, *, ended: bool = False) -> list[Payload]:
-        return await insist(lambda: self._encode(journal.snapshot(), ended=ended), "encode the journal")
-
-    async def _encode(self, snapshot: Snapshot, *, ended: bool = False) -> list[Payload]:
-        header, results = await self._values.encode_journal(snapshot)
-        attempts = self._info.attempt if ended else self._info.attempt - 1
-        header.metadata[wire.ATTEMPTS] = str(attempts).encode()
-        if snapshot.cancelled:
-            header.metadata[wire.CANCELLING] = b"true"
-        return [header, results]
-
 
 def _kept_from_users(future: Future[T]) -> Future[T]:
     """A future that cannot be cancelled by who waits for it."""
@@ -511,17 +412,3 @@ def _pass_on(done: Future[T], task: asyncio.Task[T]) -> None:
         done.set_exception(error)
     else:
         done.set_result(task.result())
-
-
-def _to_application_error(error: BaseException, error_type: str, depth: int = 3) -> ApplicationError:
-    """An error as a failure, kept short: what is for the reader's eye must not make the journal too large."""
-    told = ApplicationError(ErrorInfo.of(error).message, type=error_type, non_retryable=True)
-    trace = error.__traceback__
-    frames = sum(1 for _ in traceback.walk_tb(trace))
-    for _ in range(frames - _MAX_FRAMES):
-        trace = trace.tb_next if trace else None
-    told.__traceback__ = trace
-    if error.__cause__ is not None and depth > 0:
-        told.__cause__ = _to_application_error(error.__cause__, type(error.__cause__).__name__, depth - 1)
-    told.__suppress_context__ = True
-    return told

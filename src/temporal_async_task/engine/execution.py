@@ -15,9 +15,9 @@ from temporalio.api.workflowservice.v1 import (
 from temporalio.exceptions import ApplicationError
 
 from temporal_async_task.engine import wire
+from temporal_async_task.engine.client import AttemptGoneError, insist
 from temporal_async_task.engine.resume import sent_events
 from temporal_async_task.engine.stopping import pause_reason, unpause
-from temporal_async_task.engine.writer import AttemptGoneError, insist
 
 if TYPE_CHECKING:
     from temporalio import activity

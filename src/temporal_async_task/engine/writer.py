@@ -10,18 +10,15 @@ import asyncio
 import contextlib
 import functools
 import logging
-from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from temporalio.api.common.v1 import Payloads
-from temporalio.api.failure.v1 import Failure
 from temporalio.api.workflowservice.v1 import (
     RecordActivityTaskHeartbeatRequest,
     RecordActivityTaskHeartbeatResponse,
-    RespondActivityTaskCompletedRequest,
-    RespondActivityTaskFailedRequest,
 )
-from temporalio.service import RPCError, RPCStatusCode
+
+from temporal_async_task.engine.client import RPC_TIMEOUT, AttemptGoneError, insist
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -34,14 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("temporal_async_task")
 T = TypeVar("T")
-
-_RPC_TIMEOUT = timedelta(seconds=5)
-RETRY_DELAYS = (0.1, 0.2, 0.5, 1.0)
-_FINAL = {RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS, RPCStatusCode.FAILED_PRECONDITION}
-
-
-class AttemptGoneError(Exception):
-    """The server knows this attempt no more: it was superseded, or its run has ended."""
 
 
 class Listener(Protocol):
@@ -145,57 +134,9 @@ class JournalWriter:
         )
         service = self._client.workflow_service
         return await insist(
-            lambda: service.record_activity_task_heartbeat(request, timeout=_RPC_TIMEOUT), "save the journal"
+            lambda: service.record_activity_task_heartbeat(request, timeout=RPC_TIMEOUT), "save the journal"
         )
 
     def _heed(self, answer: RecordActivityTaskHeartbeatResponse) -> None:
         if answer.cancel_requested or answer.activity_paused or answer.activity_reset:
             self._listener.flagged(answer)
-
-
-async def complete(client: Client, task_token: bytes, result: Payload) -> None:
-    """End the attempt, and its activity, with a result."""
-    request = RespondActivityTaskCompletedRequest(
-        task_token=task_token,
-        namespace=client.namespace,
-        identity=client.identity,
-        result=Payloads(payloads=[result]),
-    )
-    service = client.workflow_service
-    await insist(lambda: service.respond_activity_task_completed(request, timeout=_RPC_TIMEOUT), "report the result")
-
-
-async def fail(client: Client, task_token: bytes, failure: Failure, journal: Sequence[Payload]) -> None:
-    """End the attempt with a failure, which says whether and when there is another."""
-    request = RespondActivityTaskFailedRequest(
-        task_token=task_token,
-        namespace=client.namespace,
-        identity=client.identity,
-        failure=failure,
-        last_heartbeat_details=Payloads(payloads=journal) if journal else None,
-    )
-    service = client.workflow_service
-    await insist(lambda: service.respond_activity_task_failed(request, timeout=_RPC_TIMEOUT), "end the attempt")
-
-
-async def insist(call: Callable[[], Awaitable[T]], what: str) -> T:
-    """Repeat a call until it gets through.
-
-    The client's own retries give up after about 10 s, and a finished call's result would be lost with them.
-
-    Raises:
-        AttemptGoneError: The server answers that it does not know the attempt.
-    """
-    failures = 0
-    while True:
-        try:
-            return await call()
-        except (TypeError, AttributeError, NameError):  # of the code, and no better the next time
-            raise
-        except Exception as error:  # the server's, or of a codec that asks a key service
-            if isinstance(error, RPCError) and error.status in _FINAL:
-                raise AttemptGoneError(str(error)) from error
-            if failures % 10 == 0:
-                logger.warning("Cannot %s (%s: %s); trying again", what, type(error).__name__, error)
-            await asyncio.sleep(RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
-            failures += 1
