@@ -36,6 +36,7 @@ from temporal_async_task.engine.carrier import Carrier, RunSettings, Values
 from temporal_async_task.engine.failures import only_leaf, worker_lost
 from temporal_async_task.engine.journal import ErrorInfo, Journal, StepRecord
 from temporal_async_task.engine.outcome import NEVER, Cancelled, Completed, Failed, Outcome, Parked, Superseded
+from temporal_async_task.engine.results import Results, shielded
 from temporal_async_task.engine.signatures import is_async
 from temporal_async_task.engine.timing import CallTimeout
 from temporal_async_task.engine.unwind import Unwind, apart, doing, scope
@@ -52,7 +53,7 @@ from temporal_async_task.steps import RunInfo, StepInfo, runner_var
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Executor
 
     from temporal_async_task.steps import StepRunner
 
@@ -72,7 +73,6 @@ CLEANUP_TIMEOUT = 60.0
 CANCEL_PATIENCE = 10.0
 """Seconds that a body gets to come to the steps that are to be cancelled, over awaits of its own."""
 _CANCEL_DELAY = 0.1  # seconds
-_CODEC_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _SETTLE_TICKS = 16
 """Turns of the event loop that a body gets to ask for its next step, before its attempt is given back. A result
 passes a few layers on its way (``gather``, ``TaskGroup``, a queue), each of which takes a turn or two."""
@@ -113,6 +113,7 @@ class Attempt:
         self.info = RunInfo(settings.task_id, settings.task_name, settings.attempt, settings.params)
         self._values = values
         self._carrier = carrier
+        self._results = Results(journal, values, carrier, settings.task_id)
         self._threads = threads
         self._cancelled = journal.cancel_reason is not None  # requested; ...
         self._cancel_delivered = False  # ... and raised in the body
@@ -124,7 +125,6 @@ class Attempt:
         self._events = events or {}
         self._asked: set[str] = set()  # keys, so far
         self._asking: set[str] = set()  # those that have no answer yet
-        self._landing: set[asyncio.Future[None]] = set()  # results on their way into the journal
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: asyncio.Task[None] | None = None
         self._patient_until = 0.0
@@ -242,7 +242,7 @@ class Attempt:
         if error is None:
             try:
                 plain = self._values.serialise(body.result())
-                return Completed(await self._through_codec(self._values.seal, plain))
+                return Completed(await self._results.seal(plain))
             except (PayloadTooLargeError, ResultError) as unfit:
                 return Failed(type(unfit)(f"The result of task {self.settings.task_name!r}: {unfit}"))
             except Exception as unfit:
@@ -403,24 +403,19 @@ class Attempt:
         """Leave what still runs of the attempt's code."""
         self.unwinding = True
         deadline = self._loop.time() + UNWIND_TIMEOUT
-        await self._land_all(UNWIND_TIMEOUT)
+        await self._results.settle(UNWIND_TIMEOUT)
         while self._tasks and self._loop.time() < deadline:
             for task in self._tasks:
                 task.cancel()
             # In slices: code that swallows the first request is asked again.
             await asyncio.wait(set(self._tasks), timeout=UNWIND_TIMEOUT / 6)
-        await self._land_all(deadline - self._loop.time())  # of calls that ended just before they were left
+        await self._results.settle(deadline - self._loop.time())  # of calls that ended just before they were left
         if self._tasks:
             logger.error(
                 "Task run %s: code of task %r goes on after its attempt has ended, and swallows every request to stop",
                 self.settings.task_id,
                 self.settings.task_name,
             )
-
-    async def _land_all(self, timeout: float) -> None:
-        """See results into the journal that are on their way there, through a codec. Without one they are there."""
-        if self._landing and self._values.has_codec:
-            await asyncio.wait(set(self._landing), timeout=max(timeout, 0.0))
 
     # Waiting
 
@@ -532,26 +527,7 @@ class Attempt:
         """Make durable what is known now."""
         self._refuse_if_ended()
         self._drop_note()
-        await self._wait_for(self._carrier.checkpoint())
-
-    def _apart(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        return apart().run(self._carrier.apart, work, *args)
-
-    async def _wait_for(self, work: Future[T]) -> T:
-        """Wait for work done apart, which goes on whatever becomes of who waits."""
-        return work.result() if work.done() else await asyncio.shield(asyncio.wrap_future(work))
-
-    def _follow(self, landed: Future[None]) -> asyncio.Future[None]:
-        """See to it that the attempt does not end before this result is in the journal."""
-        here = asyncio.wrap_future(landed)
-        self._landing.add(here)
-        here.add_done_callback(self._forget)
-        return here
-
-    def _forget(self, landed: asyncio.Future[None]) -> None:
-        self._landing.discard(landed)
-        if not landed.cancelled():
-            landed.exception()  # seen: its step may be gone
+        await shielded(self._carrier.checkpoint())
 
     def _note(self, *, after: float = NOTE_DELAY) -> None:
         """Have the journal written soon, once, unless a checkpoint comes first."""
@@ -572,41 +548,6 @@ class Attempt:
             self._carrier.note()
 
     # Helpers
-
-    async def _through_codec(
-        self, use: Callable[[Any], Coroutine[Any, Any, T]], value: Any, tries: int | None = None
-    ) -> T:
-        """Seal or unseal a value. A codec or a store is used on one event loop only: it may hold a client of that."""
-        if not self._values.has_codec:
-            return await use(value)
-        work = functools.partial(self._patiently, functools.partial(use, value), tries)
-        return await self._wait_for(self._apart(work))
-
-    async def _patiently(self, use: Callable[[], Awaitable[T]], tries: int | None = None) -> T:
-        """Seal or unseal, however often a codec or a store fails on the way: a paid result is at stake.
-
-        Args:
-            use: What to do.
-            tries: Give up after so many, where what is at stake is stored.
-        """
-        failures = 0
-        while True:
-            try:
-                return await use()
-            except (ResultError, PayloadTooLargeError):
-                raise
-            except Exception as error:
-                if failures % 10 == 0:
-                    logger.warning(
-                        "Task run %s: the codec or the store of values fails (%s: %s); trying again",
-                        self.settings.task_id,
-                        type(error).__name__,
-                        error,
-                    )
-                failures += 1
-                if failures == tries:
-                    raise
-                await asyncio.sleep(_CODEC_DELAYS[min(failures, len(_CODEC_DELAYS)) - 1])
 
     async def invoke(self, call: Callable[[], Any], limit: CallTimeout) -> Any:
         """Call the user's function: on the event loop if it is async, in a thread if not."""

@@ -71,18 +71,6 @@ def _cancels_raised(task: asyncio.Task[Any]) -> int:
     return task.cancelling() - getattr(task, "_must_cancel", False)
 
 
-def _done() -> Future[None]:
-    landed: Future[None] = Future()
-    landed.set_result(None)
-    return landed
-
-
-def _unfit(error: Exception) -> Future[None]:
-    landed: Future[None] = Future()
-    landed.set_exception(error)
-    return landed
-
-
 class Runner(Attempt):
     """An attempt with its steps: the engine's side of ``steps.StepRunner``."""
 
@@ -325,7 +313,7 @@ class Runner(Attempt):
             except (Unwind, asyncio.CancelledError):
                 # Whatever becomes of the body: what was paid for goes into the journal.
                 if (landed := landing.leave()) is not None:
-                    self._follow(landed)
+                    self._results.follow(landed)
                 elif not call.options.at_most_once:  # its outcome is unknown now, and stays so
                     record.state = StepState.RETRYING
                 raise
@@ -405,45 +393,20 @@ class Runner(Attempt):
 
     def _land(self, landing: Landing, record: StepRecord, value: Any, *, save: bool) -> None:
         """Send a result on its way into the journal, in the thread of its call."""
-        landing.begin(self._ready_to_land(record, value, save=save))
-
-    def _ready_to_land(self, record: StepRecord, value: Any, *, save: bool) -> Callable[[], Future[None]]:
-        try:
-            plain = self._values.serialise(value)
-        except ResultError as unfit:
-            record.calls += 1
-            return functools.partial(_unfit, unfit)
-        if self._values.has_codec:
-            return functools.partial(self._apart, self._seal_and_record, record, plain, save)
-        return functools.partial(self._pack_and_record, record, plain, save=save)
-
-    def _pack_and_record(self, record: StepRecord, plain: Any, *, save: bool) -> Future[None]:
-        record.calls += 1
-        try:
-            self.journal.complete(record, self._values.pack(plain), self._carrier.now())
-        except PayloadTooLargeError as unfit:
-            return _unfit(unfit)
-        return self._carrier.checkpoint() if save else _done()
-
-    async def _seal_and_record(self, record: StepRecord, plain: Any, save: bool) -> None:  # noqa: FBT001 - for a partial
-        record.calls += 1
-        result = await self._patiently(lambda: self._values.seal(plain))
-        self.journal.complete(record, result, self._carrier.now())
-        if save:
-            await asyncio.wrap_future(self._carrier.checkpoint())
+        landing.begin(self._results.prepare(record, value, save=save))
 
     async def _finish(
         self, record: StepRecord, value: Any, landed: Future[None] | None = None, *, save: bool = True
     ) -> None:
         """See a call's result into the journal, if it is not ``landed`` or on its way there."""
-        landed = landed or self._ready_to_land(record, value, save=save)()
+        landed = landed or self._results.prepare(record, value, save=save)()
         self._drop_note()
         self._unsaved = not save
         try:
             if landed.done():
                 landed.result()
             else:
-                await asyncio.shield(self._follow(landed))
+                await asyncio.shield(self._results.follow(landed))
         except (PayloadTooLargeError, ResultError) as error:
             info = ErrorInfo.named(type(error).__name__, f"Step {record.key!r}: {error}")
             await self._give_up(record, info, error)
@@ -460,7 +423,7 @@ class Runner(Attempt):
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
         while True:
             try:
-                plain = await self._through_codec(self._values.unseal, record.result or b"", _READS)
+                plain = await self._results.unseal(record.result or b"", _READS)
                 return self._values.convert(plain, hint)
             except ResultError as error:
                 # The result itself is in the journal, and stays.
