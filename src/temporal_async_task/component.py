@@ -42,7 +42,7 @@ logger = logging.getLogger("temporal_async_task")
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a server at the address before giving up."""
 _REFUSED = re.compile(r"code: (Unauthenticated|PermissionDenied)|InvalidCertificate|InvalidMessage")
-"""In the SDK's words for a connection that has failed: the server is there, and login or TLS do not fit."""
+"""The SDK's words where a server is there, and refuses our credentials or TLS settings."""
 STOP_MARGIN = 5.0
 """Seconds beyond the grace period after which ``stop`` does not wait any longer, even for a server that is gone."""
 

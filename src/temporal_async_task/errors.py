@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def in_words(error_type: str, message: str) -> str:
-    """An error as it is told: many have no text, and none of those ends in a colon."""
+    """``Type: message``, or the type alone if there is no message."""
     return f"{error_type}: {message}" if message else error_type
 
 

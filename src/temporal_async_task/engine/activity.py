@@ -104,7 +104,7 @@ class AttemptActivity:
                 carrying.cancel()
 
     def is_late(self, started: datetime, patience: float) -> bool:
-        """Whether an attempt was offered long before it came here, by comparison: no clock is trusted to be right."""
+        """Whether an attempt was offered long before it came here. Judged by others: no clock is trusted."""
         age = time.monotonic() - started.timestamp()  # and some constant
         if self._least_age is None or age < self._least_age:
             self._least_age = age

@@ -71,7 +71,7 @@ UNWIND_TIMEOUT = 3.0
 CLEANUP_TIMEOUT = 60.0
 """Seconds that a cancelled body may take over its cleanup."""
 CANCEL_PATIENCE = 10.0
-"""Seconds that a body gets to come to the steps that are to be cancelled, over awaits of its own."""
+"""Seconds that a cancelled body gets to reach the steps in which it is to be cancelled."""
 _CANCEL_DELAY = 0.1  # seconds
 _SETTLE_TICKS = 16
 """Turns of the event loop that a body gets to ask for its next step, before its attempt is given back. A result
@@ -90,7 +90,7 @@ class Wait:
 
 
 class Attempt:
-    """One attempt at one run. ``runner.Runner`` adds the steps. Made and used on the event loop of the user's code."""
+    """The half of ``runner.Runner`` that knows no steps; never made by itself. Used on the users' event loop."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Attempt:
         while True:
             outcome = await self._run_body(body)
             if self._asked or not isinstance(outcome, Completed):
-                # Of a body without steps, which is a call, what it has begun may serve other runs, too.
+                # A body without steps is one call; what it has begun (to refresh a token, say) may serve other runs.
                 await self._unwind()
             if not isinstance(outcome, Parked) or self._ended.done() or self._draining:
                 return outcome
@@ -380,7 +380,7 @@ class Attempt:
             self._cancel_timer = self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves)
 
     def _more_to_cancel(self) -> bool:
-        """Whether the body has not come yet to all steps in which a cancellation from before is to be raised."""
+        """Whether the body has yet to reach a step in which a cancellation from before is to be raised."""
         keys: Iterable[str] | None = self.journal.cancelled_at
         if keys is None:
             is_open = {StepState.RUNNING, StepState.RETRYING, StepState.WAITING}
@@ -434,16 +434,16 @@ class Attempt:
                 await self._park(Wait(record.due or 0.0))
 
     async def _refuse_cancelled(self) -> None:
-        """Raise a cancellation that was asked for before this attempt, in the place of a step."""
+        """Raise, in the place of a step, a cancellation that was asked for before this attempt."""
         self._refuse_if_ended()
         if self._cancelled and not self._cancel_delivered:
-            # Of parallel steps each is to be told, and the others may not have come yet: until the body is at rest.
+            # Parallel steps are all to be told, and some may not have been reached yet: until the body is at rest.
             await self._park(Wait(NEVER))
         if self._cancel_arriving is not None and not self._cancel_arriving.done():
             await asyncio.wait((self._cancel_arriving,))  # it may be on its way to this step
 
     async def _park(self, wait: Wait) -> None:
-        """Wait outside of what is in flight: the attempt may end meanwhile, and mostly does."""
+        """Wait without counting as in flight. The attempt may end meanwhile, and mostly does."""
         woken: asyncio.Future[None] = self._loop.create_future()
         self._waiting[woken] = wait
         timer = None

@@ -104,7 +104,7 @@ class Backend(ABC):
         """All that the server knows of a run."""
 
     async def wait(self, task: TaskAddress, task_id: str) -> TaskResult[Any]:
-        """Of a run that has ended, however long that takes, how: status, result and error."""
+        """Wait until a run has ended, however long that takes; return its status, result and error."""
         run_id = self._started.get((task.workflow_type, task_id))
         if run_id is not None:
             try:
@@ -119,11 +119,11 @@ class Backend(ABC):
 
     @abstractmethod
     async def _wait_for(self, task: TaskAddress, task_id: str, run_id: str) -> TaskResult[Any]:
-        """What ``wait`` is to tell, of a run by the server's own id; and of those that it was resumed as."""
+        """As ``wait``, given the server's own id of a run. Follows the run through resumes."""
 
     @abstractmethod
     def ids(self, task: TaskAddress, status: TaskStatus | None) -> AsyncIterator[str]:
-        """The ids of a task's runs, newest first. Of a status as far as visibility can tell; it may be another."""
+        """The ids of a task's runs, newest first. The status filters only as far as visibility can tell: check each."""
 
     @abstractmethod
     async def resume(self, task: TaskAddress, task_id: str, redo: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""What an attempt is given, and what it asks of the world outside."""
+"""What an attempt is given, and the interfaces through which it reaches storage, time and the engine's event loop."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 IN_PLACE = 0.9
-"""Seconds. A shorter wait is spent in the attempt: the server's own timer has a floor of about a second. It is a little
-less than one, because of a wait of one second the first moments have passed when it is looked at."""
+"""Seconds. Shorter waits are spent in the attempt, as the server's timer has a floor of about a second. It is a little
+less than one, because part of a wait of one second has passed by the time it is looked at."""
 
 
 class Values(Protocol):
@@ -38,7 +38,7 @@ class Values(Protocol):
         ...
 
     def convert(self, plain: Any, type_hint: Any, /) -> Any:
-        """The value of what ``serialise`` has made."""
+        """What ``serialise`` has made, decoded to the type."""
         ...
 
     @property
@@ -64,7 +64,7 @@ class Carrier(Protocol):
     def checkpoint(self) -> Future[None]:
         """Make the journal durable, as it is now; it is when the future is done. Called in any thread.
 
-        It never fails: an attempt that may not write any more is told by ``Runner.supersede()``, and this is not done.
+        It never fails. If the attempt may not write any more, ``Runner.supersede()`` is called, and this stays pending.
         """
         ...
 

@@ -125,7 +125,7 @@ async def result_of(result: Payload, values: PayloadValues, result_type: Any) ->
 async def failed(
     task_id: str, found: DescribeWorkflowExecutionResponse, failure: Failure, values: PayloadValues
 ) -> TaskResult[Any]:
-    """A run that ended without one."""
+    """A run, carried by a workflow, that ended without a result."""
     info = found.workflow_execution_info
     plain = await values.plain_failure(failure)
     error_type = _ENDED_WITHOUT_CODE.get(info.status) or plain.application_failure_info.type or "Error"

@@ -66,5 +66,5 @@ def _members(value: Any, document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is(value: Any, *types: type) -> bool:
-    """Whether it is one of them, to be gone on with as Any."""
+    """``isinstance``, without narrowing: the caller goes on with ``Any``."""
     return isinstance(value, types)

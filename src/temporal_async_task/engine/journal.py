@@ -62,7 +62,7 @@ class Snapshot(NamedTuple):
     header: bytes
     results: bytes
     cancelled: bool = False
-    """Whether the header says that a cancellation was delivered."""
+    """Whether the header says that the attempt has been told of a cancellation."""
 
     @property
     def size(self) -> int:
@@ -154,7 +154,7 @@ class Journal:
     progress: tuple[float | None, str] | None = None
     max_bytes: int = MAX_BYTES
     cancel_reason: str | None = None
-    """Set once a cancellation was delivered."""
+    """Set once an attempt has been told of a cancellation. It may not have been raised in the body yet."""
     cancelled_at: tuple[str, ...] | None = None
     """The keys of the steps that it was raised in, once it was: so that a later attempt raises it there."""
     _done: dict[str, StepRecord] = field(default_factory=dict[str, StepRecord])

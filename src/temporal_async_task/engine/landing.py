@@ -1,4 +1,4 @@
-"""The way of a call's result into the journal, without the event loop of the users' code, which other code may block.
+"""How a call's result gets to the journal without the users' event loop, which other code may be blocking.
 
 A sync call's thread sends its result on its way by itself. When its step goes on, on the users' loop, the result is
 durable, or on its way there.

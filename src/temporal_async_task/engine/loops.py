@@ -162,7 +162,7 @@ class UserLoops:
         return self._loops[-1]
 
     async def run(self, make: Callable[[UserLoop], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine on a loop that answers, made for that loop; on another if it cannot begin there."""
+        """Run a coroutine, made for its loop, on one that answers; on another if that is blocked before it begins."""
         while True:
             loop = self.pick()
             start = _Start(make, loop)

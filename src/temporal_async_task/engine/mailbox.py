@@ -1,4 +1,4 @@
-"""What one event loop's thread has for another's: delivered with as few wake-ups as will do."""
+"""Calls from other threads to an event loop, with as few wake-ups as possible."""
 
 from __future__ import annotations
 

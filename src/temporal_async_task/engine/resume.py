@@ -68,7 +68,7 @@ async def start_of(client: Client, workflow_id: str) -> WorkflowExecutionStarted
 async def sent_events(client: Client, execution: WorkflowExecution, until: float) -> dict[str, Payload]:
     """The events that were sent to a run until then, whether its workflow has seen them yet or not.
 
-    Of those from before a resume or a new history it is not known when they were sent; they count.
+    When an event from before a resume or a new history was sent is not known; it counts.
     """
     handle = client.get_workflow_handle(execution.workflow_id, run_id=execution.run_id)
     events: dict[str, Payload] | None = None

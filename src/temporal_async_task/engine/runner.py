@@ -194,7 +194,7 @@ class Runner(Attempt):
     async def _poll_once(
         self, call: StepCall, record: StepRecord, policy: RetryPolicy, *, patient: bool
     ) -> tuple[Any, float]:
-        """One call. None if it says so, or if it failed in a way that does not matter to the job; then its backoff."""
+        """Make one call. None and a pause if it is not ready, or failed in a way that does not concern the job."""
         await self._begin(call, record)
         try:
             value = await self._call(call, record)
@@ -204,7 +204,7 @@ class Runner(Attempt):
         except Exception as error:
             info = record.note_failure(error)
             counted = record.failures
-            if patient:  # with what is worth another try at all: to ask again is to pay for nothing
+            if patient:  # retryable errors go on until the timeout: asking again costs nothing
                 if not policy.max_retries:
                     policy = replace(policy, max_retries=1)
                 counted = min(counted, policy.max_retries)
@@ -294,7 +294,7 @@ class Runner(Attempt):
         Args:
             call: The call.
             record: Its step's.
-            last: The run's outcome comes next, and brings the journal along.
+            last: The run's outcome follows at once and carries the journal: no checkpoint of its own is needed.
         """
         save = not last
         policy = call.options.retry_policy or self.settings.retry_policy

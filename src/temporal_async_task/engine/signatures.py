@@ -1,4 +1,4 @@
-"""What a function tells by its signature, its kind and its code."""
+"""What can be learnt from a function's signature, its kind and its code."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class DaemonThreads(concurrent.futures.Executor):
         self._work = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._count = 0
-        self._free = 0  # of the count: threads that come for a call, each for one of those in the queue
+        self._free = 0  # of the count: threads that are idle or starting, each spoken for by one queued call
         self._left = 0  # of the count: threads whose call was left
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:

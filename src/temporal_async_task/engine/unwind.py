@@ -34,7 +34,7 @@ scope: ContextVar[TaskScope | None] = ContextVar("scope", default=None)
 
 
 doing: WeakKeyDictionary[asyncio.Task[Any], str] = WeakKeyDictionary()
-"""What the asyncio tasks of attempts are at, for people to read."""
+"""A label for each asyncio task of an attempt, for messages in the log."""
 
 
 def apart() -> Context:

@@ -37,7 +37,7 @@ ATTEMPTS = "asyncTaskAttempts"
 journal can still say that its attempt was not lost."""
 
 CANCELLING = "asyncTaskCancelling"
-"""Metadata of the header's payload, in clear: the cancellation was delivered, and the journal says so."""
+"""Metadata of the header's payload, in clear: an attempt has been told of the cancellation, and the journal says so."""
 
 NOTHING_BEGUN = "asyncTaskNothingBegun"
 """Metadata of the header's payload: there is no journal yet, only attempts to account for."""
@@ -206,7 +206,7 @@ def is_nothing_begun(payload: Payload) -> bool:
 
 
 def is_cancelling(journal: Sequence[Payload]) -> bool:
-    """Whether a journal, by its header, says that the cancellation was delivered."""
+    """Whether a journal, by its header, says that an attempt has been told of the cancellation."""
     return any(CANCELLING in header.metadata for header in journal[:1])
 
 
