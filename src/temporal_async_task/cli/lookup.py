@@ -120,15 +120,11 @@ async def _of_activity(app: Application, task_id: str) -> AnyTask | None:
     name = task_name(found.info.activity_type.name)
     if name is None:
         return None
-    start = wire.TaskInput.from_payload(found.input.payloads[0])
-    return known_task(
-        app,
-        name,
-        task_queue=found.info.task_queue,
-        heartbeat_timeout=start.heartbeat_timeout,
-        timeout=start.timeout,
-        execution="activity",
-    )
+    options: dict[str, Any] = {"task_queue": found.info.task_queue, "execution": "activity"}
+    with contextlib.suppress(IndexError, TypeError, ValueError):  # started by hand: it can be asked about, no more
+        start = wire.TaskInput.from_payload(found.input.payloads[0])
+        options |= {"heartbeat_timeout": start.heartbeat_timeout, "timeout": start.timeout}
+    return known_task(app, name, **options)
 
 
 async def _described(app: Application, task_id: str) -> DescribeWorkflowExecutionResponse:

@@ -171,7 +171,7 @@ class _AttemptCarrier:
         self._owner = owner
         self._info = info
         self._client = owner.client
-        self._execution = execution_of(owner.client, info, args[0].payload)
+        self._execution = execution_of(owner.client, info, [value.payload for value in args[:2]])
         self._input = self._execution.input
         self._params = args[1].payload
         values = [value.payload.SerializeToString() for value in args[4:]]

@@ -23,6 +23,7 @@ from temporal_async_task.engine.digest import digest
 from temporal_async_task.engine.journal import Journal
 from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.errors import (
+    DecryptionError,
     ParamsError,
     PayloadTooLargeError,
     ResultError,
@@ -177,6 +178,11 @@ class Backend(ABC):
             raise TaskConflictError(
                 f"Run {task_id!r} of task {task.name!r} has no step {error.args[0]!r} to do again."
             ) from None
+        except ValueError as error:
+            raise DecryptionError(
+                f"The journal of run {task_id!r} of task {task.name!r} cannot be read here: {error}. This process "
+                f"needs the workers' version of temporal-async-task, and their data_converter."
+            ) from error
 
 
 def of_type(attribute: str, workflow_type: str) -> str:

@@ -243,7 +243,10 @@ def _picture(task_id: str, status: TaskStatus, info: _Info, journal: Journal, **
 def _created(info: _Info) -> datetime:
     first = _kept(info).get(wire.MEMO_CREATED)
     start = info.schedule_time if isinstance(info, ActivityExecutionInfo) else info.start_time
-    return _from_stamp(wire.created_time(first) if first else start)
+    try:
+        return _from_stamp(wire.created_time(first) if first else start)
+    except ValueError:  # written by hand
+        return _from_stamp(start)
 
 
 def _step(record: StepRecord) -> StepStatus:

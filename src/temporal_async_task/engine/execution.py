@@ -56,18 +56,18 @@ class RunExecution(Protocol):
         ...
 
 
-def execution_of(client: Client, info: activity.Info, first: Payload) -> RunExecution:
+def execution_of(client: Client, info: activity.Info, given: Sequence[Payload]) -> RunExecution:
     """What carries the run of an attempt.
 
     Args:
         client: The connection, for payloads as they are.
         info: Of the activity.
-        first: The activity's first argument.
+        given: The activity's first two arguments.
 
     Raises:
         ApplicationError: It is some standalone activity that is not a task's.
     """
-    return InWorkflow(client, info, first) if info.in_workflow else Standalone(client, info, first)
+    return InWorkflow(client, info, given[0]) if info.in_workflow else Standalone(client, info, given)
 
 
 class InWorkflow:
@@ -114,7 +114,7 @@ class Standalone:
     takes_events = False
     keeps_heartbeats = True
 
-    def __init__(self, client: Client, info: activity.Info, first: Payload) -> None:
+    def __init__(self, client: Client, info: activity.Info, given: Sequence[Payload]) -> None:
         self._client = client
         self._run_id = info.activity_run_id or ""
         self.task_id = info.activity_id
@@ -126,8 +126,8 @@ class Standalone:
                 non_retryable=True,
             )
         try:
-            start = wire.TaskInput.from_payload(first)
-        except (TypeError, ValueError) as error:
+            start, _ = wire.TaskInput.from_payload(given[0]), given[1]
+        except (IndexError, TypeError, ValueError) as error:
             raise ApplicationError(
                 f"Task {self.task_name!r} was not started by temporal-async-task. Use task.submit().",
                 non_retryable=True,

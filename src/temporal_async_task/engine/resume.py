@@ -11,6 +11,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.stopping import task_activity
+from temporal_async_task.errors import TaskConflictError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +33,21 @@ class Remains:
     events: dict[str, Payload] = field(default_factory=dict[str, Payload])
 
 
+def started_by_hand(task_id: str) -> TaskConflictError:
+    return TaskConflictError(
+        f"Run {task_id!r} was not started by temporal-async-task, so there is nothing to resume it with. Submit "
+        f"another with task.submit()."
+    )
+
+
 async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse) -> Remains:
     """Read what a run has left on the server.
 
     The journal is in the failure, if the run ended by itself; with its activity, if that was ended from outside; else
     it is what the activity was last given, or what the workflow held.
+
+    Raises:
+        TaskConflictError: It was started by hand, with something that is not a task's input.
     """
     execution = found.workflow_execution_info.execution
     handle = client.get_workflow_handle(execution.workflow_id, run_id=execution.run_id)
@@ -45,9 +56,13 @@ async def find_remains(client: Client, found: DescribeWorkflowExecutionResponse)
         if remains is None:  # the first event
             started = event.workflow_execution_started_event_attributes
             inputs = list(started.input.payloads)
-            start = wire.own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
+            try:
+                start = wire.own_input(wire.TaskInput.from_payload(inputs[0]), started.first_execution_run_id)
+                params = inputs[1]
+            except (IndexError, TypeError, ValueError):
+                raise started_by_hand(execution.workflow_id) from None
             events = await _events_from_before(client, execution.workflow_id, event)
-            remains = Remains(start, inputs[1], inputs[2:4], events=events)
+            remains = Remains(start, params, inputs[2:4], events=events)
         else:
             _look_at(event, remains)
     if remains is None:
@@ -85,7 +100,7 @@ async def sent_events(client: Client, execution: WorkflowExecution, until: float
 async def _events_from_before(client: Client, workflow_id: str, first: HistoryEvent) -> dict[str, Payload]:
     inputs = first.workflow_execution_started_event_attributes.input.payloads
     start = wire.TaskInput.from_payload(inputs[0])
-    events = dict(zip(start.events, inputs[4:], strict=True))
+    events = dict(zip(start.events, inputs[4:], strict=False))  # of a run that was started by hand, some may lack
     if not start.left:
         return events
     try:
@@ -113,5 +128,8 @@ def _look_at(event: HistoryEvent, remains: Remains) -> None:
 def _look_for_event(event: HistoryEvent, events: dict[str, Payload]) -> None:
     signal = event.workflow_execution_signaled_event_attributes
     if signal.signal_name == wire.SIGNAL_EVENT:
-        key, value = signal.input.payloads
-        events.setdefault(wire.EventInput.from_payload(key).key, value)
+        try:
+            key, value = signal.input.payloads
+            events.setdefault(wire.EventInput.from_payload(key).key, value)
+        except (TypeError, ValueError):  # sent by hand; the workflow ignores it, too
+            return

@@ -57,6 +57,7 @@ from temporal_async_task.engine.backend import (
 from temporal_async_task.engine.client import translated
 from temporal_async_task.engine.describe import completed, failed_activity, result_of, running_activity
 from temporal_async_task.engine.journal import ErrorInfo
+from temporal_async_task.engine.resume import started_by_hand
 from temporal_async_task.engine.stopping import IN_AN_ATTEMPT
 from temporal_async_task.errors import ConfigError, TaskNotFoundError
 from temporal_async_task.status import TaskResult, TaskStatus
@@ -237,11 +238,15 @@ class StandaloneBackend(Backend):
             raise goes_on(task, task_id)
         if info.status == Status.ACTIVITY_EXECUTION_STATUS_COMPLETED:
             raise has_completed(task, task_id)
-        start, params, *first = found.input.payloads
+        try:
+            given, params, *first = found.input.payloads
+            start = wire.TaskInput.from_payload(given)
+        except (TypeError, ValueError):
+            raise started_by_hand(task_id) from None
         journal = await self._reopened(task, task_id, list(info.heartbeat_details.payloads) or first, redo)
         header, results = await self._values(task_id).encode_journal(journal.snapshot())
         again = replace(
-            wire.TaskInput.from_payload(start),
+            start,
             heartbeat_timeout=task.heartbeat_timeout,
             timeout=task.timeout,
             delay=0.0,

@@ -59,7 +59,7 @@ class TaskWorkflow:
         name, start = _task_of(args)
         params = args[1]
         self._journal = [arg.payload for arg in args[2:4]]
-        for key, value in zip(start.events, args[4:], strict=True):
+        for key, value in zip(start.events, args[4:], strict=False):
             self._events.setdefault(key, value.payload)
         if start.delay > 0:  # not the server's own start delay, during which a run cannot be cancelled
             await self._until(self._is_cancelled, start.delay)
@@ -192,7 +192,8 @@ def _task_of(args: Sequence[RawValue]) -> tuple[str, wire.TaskInput]:
             non_retryable=True,
         )
     try:
-        return name, wire.own_input(wire.TaskInput.from_payload(args[0].payload), info.first_execution_run_id)
+        start, _ = wire.TaskInput.from_payload(args[0].payload), args[1]
+        return name, wire.own_input(start, info.first_execution_run_id)
     except (IndexError, TypeError, ValueError) as error:
         raise ApplicationError(
             f"Task {name!r} was not started by temporal-async-task. Use task.submit().",
