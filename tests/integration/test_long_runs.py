@@ -35,9 +35,9 @@ SHORT = 40
 @pytest.fixture(scope="module")
 async def thrifty() -> AsyncIterator[DevServer]:
     """A server that soon finds a history long."""
-    config = ("--dynamic-config-value", f"limit.historyCount.suggestContinueAsNew={SHORT}")
+    config = f"limit.historyCount.suggestContinueAsNew={SHORT}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devserver, "_ONE_SHARD", (*devserver._ONE_SHARD, *config))
+        patch.setattr(devserver, "_ONE_SHARD", (*devserver._ONE_SHARD, config))
         async with DevServer() as server:
             yield server
 
