@@ -54,7 +54,7 @@ from temporal_async_task.task import Execution
 
 PROMPT = 3.0
 """Seconds in which a cancellation gets through, cleanup included, while many runs and other tests are at work."""
-HEARTBEAT = 3.0
+HEARTBEAT = 4.5
 """Seconds; a third of it is the keep-alive interval, in which a running step learns of its cancellation."""
 PATIENCE = 60.0
 """Seconds; of what has to happen, perhaps on a busy machine, and is not measured."""

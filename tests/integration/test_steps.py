@@ -402,8 +402,7 @@ async def test_idempotency_keys_differ_between_steps_and_runs(app: App):
 
 
 @on_both
-async def test_a_task_that_sleeps_or_backs_off_holds_no_slot(app: App):
-    """Nor does one that polls."""
+async def test_a_task_that_sleeps_polls_or_backs_off_holds_no_slot(app: App):
     calls = Calls()
 
     @async_task
