@@ -540,6 +540,13 @@ class TestDaemonThreads:
         threads.shutdown(wait=True)
         assert not held.done()
 
+    def test_after_shutdown_no_call_is_made(self):
+        """By code of an attempt that was given up, say, and that had been blocked until then."""
+        threads = DaemonThreads(1)
+        threads.shutdown()
+        with pytest.raises(RuntimeError, match="has stopped"):
+            threads.submit(sum, [1, 2, 3])
+
 
 class Attempt:
     """What owns the tasks of some code, as an attempt does."""

@@ -44,6 +44,7 @@ from temporal_async_task import (
     sleep,
     step,
     testing,
+    wait_for,
 )
 from temporal_async_task.encryption import AESGCMCodec, encrypted_data_converter, generate_key
 from temporal_async_task.engine.attempt import Attempt
@@ -1827,10 +1828,10 @@ class TestOutcomes:
 
 
 class Outage(PayloadCodec):
-    """A codec that cannot decode for a while, as with a key service that is away."""
+    """A codec that cannot decode for a while, as with a key service that is away; and takes its time for it."""
 
-    def __init__(self, begins: float, ends: float) -> None:
-        self.begins, self.ends = begins, ends
+    def __init__(self, begins: float, ends: float, *, takes: float = 0.0) -> None:
+        self.begins, self.ends, self.takes = begins, ends, takes
 
     async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
         return list(payloads)
@@ -1838,6 +1839,7 @@ class Outage(PayloadCodec):
     async def decode(self, payloads: Sequence[Payload]) -> list[Payload]:
         if self.begins <= asyncio.get_running_loop().time() < self.ends:
             raise ConnectionError("no key")
+        await asyncio.sleep(self.takes)
         return list(payloads)
 
 
@@ -1879,6 +1881,68 @@ class TestResultsThatCannotBeRead:
         assert run.execute() == 4
         assert outcomes(run) == [Parked, Completed]
         assert run.elapsed == 70
+
+    def test_the_events_that_are_waited_for_beside_it_do_not_hold_the_run(self):
+        @async_task
+        async def task() -> Any:
+            return await asyncio.gather(step("first", one), sleep("nap", 20), wait_for("approval"))
+
+        run = TaskRun(task, data_converter=replace(pydantic_data_converter, payload_codec=Outage(15, 600)))
+        run.send("approval", "yes", at=100)
+        assert run.execute() == [1, None, "yes"]
+        second = run.attempts[1].outcome
+        assert isinstance(second, Parked)
+        assert (second.left, second.events) == (True, ())
+
+    @pytest.mark.parametrize(
+        ("codec", "cancelled_at"),
+        [
+            pytest.param(Outage(15, 600), 30, id="while it waits, and cannot be read"),
+            pytest.param(Outage(15, 600), 22, id="while it cannot be read"),
+            pytest.param(Outage(0, 0, takes=5), 27, id="while it is read"),
+        ],
+    )
+    def test_a_cancellation_waits_until_the_body_is_back_where_it_was(self, codec: Outage, cancelled_at: float):
+        @async_task(retry_policy=RetryPolicy(initial_delay=20, max_delay=20, max_retries=100, jitter=0))
+        async def task() -> None:
+            await step("pay", one)
+            try:
+                await step("ship", two)
+            except asyncio.CancelledError:
+                await step("refund", three)
+                raise
+
+        run = TaskRun(task, data_converter=replace(pydantic_data_converter, payload_codec=codec))
+        run.on("ship").raises(ConnectionError("down"), times=100)
+        run.on("refund").raises(ConnectionError("down"))
+        run.cancel(at=cancelled_at)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert run.calls_of("pay") == 1
+        assert run.calls_of("refund") == 2
+        assert run.journal.get("refund").state is StepState.COMPLETED
+
+    def test_a_cancellation_in_a_backoff_of_the_body_itself_waits_as_well(self):
+        cleaned: list[int] = []
+
+        async def fail() -> None:
+            raise ConnectionError("down")
+
+        @async_task(retry_policy=RetryPolicy(initial_delay=20, jitter=0))
+        async def task() -> None:
+            await step("pay", one)
+            try:
+                await fail()
+                await asyncio.sleep(100)
+            finally:
+                cleaned.append(len(run.attempts))
+
+        run = TaskRun(task, data_converter=replace(pydantic_data_converter, payload_codec=Outage(5, 600)))
+        run.cancel(at=10)
+        with pytest.raises(TaskCancelledError):
+            run.execute()
+        assert len(cleaned) == 2  # in the first attempt, and in the first that could read what was paid for
+        assert run.elapsed > 600
 
 
 class TestAttemptsThatAreOverBeforeTheirBody:

@@ -198,7 +198,7 @@ class _AttemptCarrier:
     @property
     def has_outcome(self) -> bool:
         """Whether the attempt only has to be reported."""
-        return self._end.is_known
+        return self._end.has_outcome
 
     # Told by the worker and by the server
 

@@ -11,6 +11,7 @@ the body raises, may be retried   ``Parked`` (its backoff)    gives the attempt 
 all steps wait, none in flight    ``Parked`` (earliest due)   gives the attempt back until then
 ... later than the deadline       ``Failed``                  fails the run
 the deadline passes               ``Failed``                  fails the run
+a result cannot be read here      ``Parked``, ``left``        gives the attempt back, to another worker perhaps
 the worker drains, none in flight ``Parked`` (now)            gives the attempt back at once
 its grace is over                 ``Parked`` (now)            the same; a call in flight is abandoned
 cancelled, the body has left      ``Cancelled``               ends the run as cancelled
@@ -121,6 +122,7 @@ class Attempt:
         self._draining = False
         self._moves = 0  # how often the next has changed: while it does, the body has not come to rest
         self._active = 0  # steps that are in flight: being answered, called or checkpointed
+        self._answering = 0  # of the steps, those whose result is being read, or is waited for because it cannot be
         self._waiting: dict[asyncio.Future[None], Wait] = {}  # steps that wait, and for what
         self._events = events or {}
         self._asked: set[str] = set()  # keys, so far
@@ -188,10 +190,9 @@ class Attempt:
         self.adopt(running)
         both = (running, self._ended)
         if self._cancelled and not self._cancel_delivered:
-            self._patient_until = self._loop.time() + CANCEL_PATIENCE
-            self._cancel_timer = self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves)
+            self._cancel_soon()
         while not any(future.done() for future in both):
-            left = None if self._asked else limit.left  # a body without steps is itself the step
+            left = None if self._asked else limit.remaining  # a body without steps is itself the step
             if left is not None and left <= 0:
                 running.cancel()
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -223,6 +224,7 @@ class Attempt:
         return None
 
     async def _enter(self, body: Callable[[], Awaitable[Any]]) -> Any:
+        # A task that is cancelled before its first turn of the loop runs no line of the body: nobody could clean up.
         self._refuse_if_ended()
         self._body_begun = True
         return await body()
@@ -324,13 +326,22 @@ class Attempt:
             return
         self._cancelled = True
         self.journal.cancel_reason = reason
+        self._note(after=0.0)
         # A turn of the loop later: a body that was about to begin has begun by then, and can clean up.
         self._loop.call_soon(self._cancel_body)
 
     def _cancel_body(self) -> None:
-        # Else it came before the body, which is told when it has come to rest.
-        if not self._cancel_delivered and self._body is not None and self._body_begun and not self._body.done():
+        if self._cancel_delivered or self._body is None or not self._body_begun or self._body.done():
+            return  # it came before the body, which is told when it has come to rest
+        if self._answering or self._more_to_cancel():
+            self._cancel_soon()  # the body is still on its way to where it was
+        else:
             self._deliver_cancel(self._body)
+
+    def _cancel_soon(self) -> None:
+        """Raise a cancellation in the body when that has come to where an earlier attempt has got to."""
+        self._patient_until = self._loop.time() + CANCEL_PATIENCE
+        self._cancel_timer = self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves)
 
     def drain(self) -> None:
         """Begin nothing more; the attempt is given back as soon as no step is in flight."""
@@ -370,11 +381,13 @@ class Attempt:
             woken.cancel()  # of a task that the body does not pass it on to, as in asyncio.wait()
 
     def _cancel_at_rest(self, moves: int) -> None:
-        """Raise a cancellation from before this attempt in a body that waits for something other than a step."""
+        """The same of a body that waits for something other than a step, or has had its time."""
         if self._cancel_delivered or self._body is None or self._body.done():
             return
         is_over = self._loop.time() >= self._patient_until
-        if self._active == 0 and moves == self._moves and (is_over or not self._more_to_cancel()):
+        is_there = self._active == 0 and moves == self._moves and not self._more_to_cancel()
+        # Not while a result is read: it is the one of a finished step, which is not where the body was.
+        if (is_there or is_over) and not self._answering:
             self._deliver_cancel(self._body)
         else:
             self._cancel_timer = self._loop.call_later(_CANCEL_DELAY, self._cancel_at_rest, self._moves)
@@ -480,19 +493,19 @@ class Attempt:
                 await self._settled()
             if self._active or not self._waiting:
                 return
-            if self._cancelled and not self._cancel_delivered and self._body is not None:
-                if not self._more_to_cancel():  # else it is looked at again, by _cancel_at_rest
-                    self._deliver_cancel(self._body)
-                return
             waits = self._waiting.values()
             due = min(wait.due for wait in waits)
             events = tuple(wait.event for wait in waits if wait.event is not None)
             unreadable = next(filter(None, (wait.unreadable for wait in waits)), None)
-            if self._draining and not events:
+            if unreadable is not None:  # its waits for events are taken up again by the next attempt
+                self._end(self._parked(due, unreadable, left=True))
+            elif self._cancelled and not self._cancel_delivered and self._body is not None:
+                if not self._more_to_cancel():  # else it is looked at again, by _cancel_at_rest
+                    self._deliver_cancel(self._body)
+            elif self._draining and not events:
                 self._end(Parked(max(due, self._carrier.now()), "the worker shut down"))
             else:
-                reason = unreadable or self._waiting_reason()
-                self._end(self._parked(due, reason, events, left=unreadable is not None))
+                self._end(self._parked(due, self._waiting_reason(), events))
         finally:
             self._settling = None
 
@@ -553,7 +566,7 @@ class Attempt:
         """Call the user's function: on the event loop if it is async, in a thread if not."""
         if is_async(call):
             return await call()
-        result = await self.in_thread(limit.in_thread(call))
+        result = await self.in_thread(limit.counted_from_begin(call))
         return await result if inspect.isawaitable(result) else result
 
     def in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:

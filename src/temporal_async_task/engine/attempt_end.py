@@ -73,12 +73,12 @@ class AttemptEnd:
         self._values = values
         self._journal = journal
         self._now = now
-        self.is_known = False
-        """Whether there is an outcome; it may not have been reported yet."""
+        self.has_outcome = False
+        """Whether the attempt is over, and only has to be reported."""
 
     async def report(self, outcome: Outcome, journal: Journal) -> None:
         """Tell the server, however long that takes."""
-        self.is_known = True
+        self.has_outcome = True
         match outcome:
             case Completed(result):
                 payload = Payload.FromString(result)
@@ -129,6 +129,7 @@ class AttemptEnd:
 
     async def leave(self, reason: str) -> None:
         """Give the attempt back untouched: this worker cannot serve the run."""
+        self.has_outcome = True
         delay = timedelta(seconds=UNREADABLE_DELAY)
         await self._give_back(reason, delay, self._journal.untouched(), wire.ATTEMPT_LEFT)
 

@@ -36,7 +36,7 @@ async def _run_generator(generator: Generator[Any, Any, Any], runner: Runner) ->
     try:
         while True:
             with runner.busy():
-                stretch = runner.in_thread(runner.body_limit.in_thread(functools.partial(_advance, resume)))
+                stretch = runner.in_thread(runner.body_limit.counted_from_begin(functools.partial(_advance, resume)))
                 try:
                     done, value = await asyncio.shield(stretch)
                 except asyncio.CancelledError as error:

@@ -27,7 +27,7 @@ class Ready:
     value: Any
 
 
-def pause(looks: int) -> float:
+def pause_after(looks: int) -> float:
     """Seconds until a child is looked at again: soon at first, for those that are quick."""
     return float(min(0.25 * 2 ** min(looks, 10), 15.0))
 
@@ -38,7 +38,7 @@ class Child:
     Args:
         task: The task that it is a run of.
         args: What ``submit`` is called with, and its keywords.
-        options: But for the id.
+        options: Those of ``submit``, but for ``task_id``.
         own_id: The id that the parent's code gives it.
         step_id: The id that it has of its step, if there is no such.
     """
@@ -53,7 +53,7 @@ class Child:
         self._id = own_id or step_id
 
     async def look(self, record: StepRecord) -> Ready | None:
-        """Submit the run if that was not done yet, and look whether it has ended.
+        """Submit the run if that was not done yet (which ``record.child`` tells), and look whether it has ended.
 
         Raises:
             TaskFailedError: It has failed.
@@ -64,7 +64,7 @@ class Child:
         if run is None:
             await self._submit(record)
         elif record.calls == 0 and run.status is TaskStatus.FAILED:
-            # The parent was resumed, and so is what made it fail; unless somebody else was quicker.
+            # The first look since the parent was resumed. So is what made it fail; unless somebody else was quicker.
             with contextlib.suppress(TaskConflictError):
                 await self._task.resume(self._id)
         run = await self._task.get_status(self._id)

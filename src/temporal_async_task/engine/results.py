@@ -1,6 +1,7 @@
 """Results on their way into a run's journal, and out of it: by the converter, the codec and the store of large values.
 
-A codec or a store is used on the engine's event loop only: it may hold a client of that, and no user's code blocks it.
+A codec or a store, if there is one, is used on the engine's event loop: it may hold a client of that loop, which no
+user's code blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ async def shielded(work: Future[T]) -> T:
 
 
 class Results:
-    """The results of one attempt at a run. Made on the event loop of the user's code."""
+    """The results of one attempt at a run."""
 
     def __init__(self, journal: Journal, values: Values, carrier: Carrier, task_id: str) -> None:
         self._journal = journal
@@ -95,7 +96,7 @@ class Results:
             await asyncio.wrap_future(self._carrier.checkpoint())
 
     def follow(self, landed: Future[None]) -> asyncio.Future[None]:
-        """See to it that the attempt does not end before this result is in the journal."""
+        """See to it that the attempt does not end before this result is in the journal. On the users' event loop."""
         here = asyncio.wrap_future(landed)
         self._followed.add(here)
         here.add_done_callback(self._forget)

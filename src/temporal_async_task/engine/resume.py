@@ -101,10 +101,12 @@ async def _events_from_before(client: Client, workflow_id: str, first: HistoryEv
     inputs = first.workflow_execution_started_event_attributes.input.payloads
     start = wire.TaskInput.from_payload(inputs[0])
     events = dict(zip(start.events, inputs[4:], strict=False))  # of a run that was started by hand, some may lack
-    if not start.left:
+    if not start.history_before:
         return events
     try:
-        return events | await sent_events(client, WorkflowExecution(workflow_id=workflow_id, run_id=start.left), inf)
+        return events | await sent_events(
+            client, WorkflowExecution(workflow_id=workflow_id, run_id=start.history_before), inf
+        )
     except RPCError as error:
         if error.status != RPCStatusCode.NOT_FOUND:  # else the retention of that history is over
             raise

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from temporal_async_task.checks import check_text, seconds
 from temporal_async_task.engine.attempt import MAX_LOST_ATTEMPTS, Attempt, Wait
-from temporal_async_task.engine.child import Child, Ready
-from temporal_async_task.engine.child import pause as child_pause
+from temporal_async_task.engine.child import Child, Ready, pause_after
 from temporal_async_task.engine.failures import recorded_failure, worker_lost
 from temporal_async_task.engine.journal import ErrorInfo, StepRecord
 from temporal_async_task.engine.landing import Landing
@@ -115,7 +114,7 @@ class Runner(Attempt):
                 record = await self._find(call.key)
                 if record.state is not StepState.COMPLETED:
                     looks = replace(call, call=child.look, args=(record,), kwargs={})
-                    await self._poll(looks, record, child_pause, timeout and seconds(timeout), patient=True)
+                    await self._poll(looks, record, pause_after, timeout and seconds(timeout), patient=True)
             except asyncio.CancelledError:
                 begun = self.journal.get(call.key)
                 if self._cancelled and begun is not None and begun.child is not None and begun.finished is None:
@@ -136,7 +135,7 @@ class Runner(Attempt):
             except Exception as error:
                 record.failures += 1
                 record.error = ErrorInfo.of(error)
-                record.due = self._carrier.now() + child_pause(record.failures)
+                record.due = self._carrier.now() + pause_after(record.failures)
                 logger.warning(
                     "Task run %s: its child %s cannot be cancelled (%s); trying again",
                     self.settings.task_id,
@@ -421,20 +420,27 @@ class Runner(Attempt):
         """A step is in the journal, and durable. Tests lose the worker here."""
 
     async def _answer(self, record: StepRecord, hint: Any) -> Any:
+        self._answering += 1
+        try:
+            plain = await self._read(record)
+            return self._values.convert(plain, hint)
+        except ResultError as error:
+            # The result itself is in the journal, and stays.
+            raise type(error)(f"Step {record.key!r}: {error}") from error
+        finally:
+            self._answering -= 1
+
+    async def _read(self, record: StepRecord) -> Any:
         while True:
             try:
-                plain = await self._results.unseal(record.result or b"", _READS)
-                return self._values.convert(plain, hint)
-            except ResultError as error:
-                # The result itself is in the journal, and stays.
-                raise type(error)(f"Step {record.key!r}: {error}") from error
+                return await self._results.unseal(record.result or b"", _READS)
+            except ResultError:
+                raise
             except Exception as error:
                 # A codec's key that this worker does not have, a store that it cannot reach. The attempt is given back,
                 # to be begun by another; but not before the calls that are in flight beside this have ended.
                 reason = f"{type(error).__name__}: the result of step {record.key!r} cannot be read: {error}"
-                logger.warning(
-                    "Task run %s: %s; trying again, here or on another worker", self.settings.task_id, reason
-                )
+                logger.warning("Task run %s: %s; it is tried again, perhaps elsewhere", self.settings.task_id, reason)
             await self._park(Wait(self._carrier.now() + UNREADABLE_DELAY, unreadable=reason))
 
     async def _failed(self, call: StepCall, record: StepRecord, policy: RetryPolicy, error: Exception) -> None:

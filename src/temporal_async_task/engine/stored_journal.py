@@ -69,7 +69,7 @@ class StoredJournal:
         return [header, results]
 
     async def insist_encode(self, journal: Journal, *, ended: bool = False) -> list[Payload]:
-        """The same, however often a codec fails."""
+        """As ``encode``, of the journal as it is now; repeated until the codec does it."""
         return await insist(lambda: self.encode(journal.snapshot(), ended=ended), "encode the journal")
 
     def untouched(self) -> list[Payload]:

@@ -64,8 +64,11 @@ class DaemonThreads(concurrent.futures.Executor):
         self._count = 0
         self._free = 0  # of the count: threads that are idle or starting, each spoken for by one queued call
         self._left = 0  # of the count: threads whose call was left
+        self._is_shut_down = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        if self._is_shut_down:
+            raise RuntimeError("The worker has stopped; it makes no more calls.")
         future: _Call[T] = _Call(self._leave)
         self._work.put((future, lambda: fn(*args, **kwargs)))
         with self._lock:
@@ -113,4 +116,5 @@ class DaemonThreads(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
         """Let the threads go once they are done; nothing is waited for."""
+        self._is_shut_down = True
         self._work.put(None)

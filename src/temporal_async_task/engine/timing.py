@@ -22,12 +22,12 @@ class CallTimeout:
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
-        self._began: float | None = self._loop.time()
+        self._began: float | None = self._loop.time()  # set by a sync call in its thread
         self._scope = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
 
-    def in_thread(self, call: Callable[[], T]) -> Callable[[], T]:
-        """A sync call such that its time begins with it, in its thread, and not before."""
+    def counted_from_begin(self, call: Callable[[], T]) -> Callable[[], T]:
+        """A sync call whose time begins with it, in its thread. Until then none passes."""
         self._began = None
 
         def begin() -> T:
@@ -37,7 +37,7 @@ class CallTimeout:
         return begin
 
     @property
-    def left(self) -> float | None:
+    def remaining(self) -> float | None:
         """Seconds that the call has left; all of them as long as it has not begun. None for any."""
         if self._seconds is None or self._began is None:
             return self._seconds
@@ -62,7 +62,7 @@ class CallTimeout:
 
     def _look(self) -> None:
         # The thread does not tell when the call begins: to wake the event loop for it costs more than to look again.
-        left = self.left
+        left = self.remaining
         if left is None:
             return
         if left > 0:

@@ -105,7 +105,7 @@ class TaskInput(_Message):
     """Keys of the events that came before, of a run that goes on; their values follow the journal."""
     given: tuple[str, ...] = ()
     """Of these, those for the first attempt in a new history."""
-    left: str = ""
+    history_before: str = ""
     """Of a run that was resumed, the id of the history before, if not all of its events have fitted here. The others
     are sent anew. Those that are not, because who resumes it dies or it fails again before, are found there the next
     time that it is resumed."""

@@ -87,7 +87,7 @@ class TaskWorkflow:
             first = next((key for key in hold.events if key in self._events), None)
             given = () if first is None else (first,)
             if workflow.info().is_continue_as_new_suggested() and not self._is_cancelled():
-                # With the event: a large journal makes the new history long at once, and each has to get somewhere.
+                # With the event: a large journal makes the new history long at once, which else would only hand it on.
                 self._continue_in_a_new_history(replace(start, delay=0.0, deadline=deadline, given=given), params)
             attempt = replace(attempt, events=given)
 

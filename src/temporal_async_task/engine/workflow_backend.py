@@ -33,6 +33,7 @@ from temporal_async_task.engine.client import translated
 from temporal_async_task.engine.describe import completed, failed, failure_of, header_in, header_of, result_of, running
 from temporal_async_task.engine.journal import ErrorInfo
 from temporal_async_task.engine.resume import find_remains, start_of
+from temporal_async_task.engine.stopping import task_activity
 from temporal_async_task.engine.values import PayloadValues
 from temporal_async_task.errors import ParamsError, PayloadTooLargeError, ResultError, TaskConflictError
 from temporal_async_task.status import TaskResult, TaskStatus
@@ -118,7 +119,7 @@ class WorkflowBackend(Backend):
         info = found.workflow_execution_info
         if info.status in _RUNNING:
             left = None
-            if not found.pending_activities and found.HasField("pending_workflow_task"):
+            if task_activity(found) is None and found.HasField("pending_workflow_task"):
                 left = await self._left_by_the_activity(info)
             return await running(task_id, found, values, left)
         return await self._ended(task, task_id, found, values)
@@ -208,12 +209,12 @@ class WorkflowBackend(Backend):
             deadline=None,
             events=(),
             given=(),
-            left=info.execution.run_id,
+            history_before=info.execution.run_id,
         )
         parts = [start.to_payload(), remains.params, header, results]
         carried = _that_fit(wire.MAX_INPUT - wire.input_size(parts), events)
         rest = {key: value for key, value in events.items() if key not in carried}
-        start = replace(start, events=tuple(carried), left=start.left if rest else "")
+        start = replace(start, events=tuple(carried), history_before=start.history_before if rest else "")
         parts = [start.to_payload(), *parts[1:], *carried.values()]
         memo = {
             wire.MEMO_CREATED: info.memo.fields.get(wire.MEMO_CREATED) or wire.created_payload(info.start_time),
