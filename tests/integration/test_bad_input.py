@@ -48,7 +48,7 @@ async def outcome(app: App, task: TemporalAsyncTask[None, Any]) -> TaskResult[An
     """Run a task on a worker of its own, to its end."""
     await app.start(task)
     task_id = await task.submit()
-    return await status_when(task, task_id, ended, timeout=20)
+    return await status_when(task, task_id, ended, timeout=60)
 
 
 # Params ---------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ async def test_params_just_below_the_limit_are_taken(app: App):
         return len(text)
 
     await app.start(measure)
-    assert await measure.run("x" * 1_900_000, timeout=20) == 1_900_000
+    assert await measure.run("x" * 1_900_000, timeout=60) == 1_900_000
 
 
 @on_both
@@ -478,7 +478,7 @@ async def test_code_that_wants_to_end_the_process_ends_only_its_own_task(app: Ap
     run = await status_when(shoot, task_id, ended)
     assert run.status is TaskStatus.FAILED
     assert type(error).__name__ in str(run.error)
-    assert await other.run(timeout=5) == "still here"
+    assert await other.run(timeout=60) == "still here"
 
 
 async def test_an_error_with_a_message_that_is_huge_or_no_utf8_is_told(app: App):

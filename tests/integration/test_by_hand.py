@@ -28,7 +28,7 @@ async def test_a_run_that_was_started_by_hand_is_told_and_not_resumed(app: App, 
     options: dict[str, Any] = {"start_to_close_timeout": timedelta(hours=1)} if app.execution == "activity" else {}
     task_id = f"by-hand-{app.queue}"
     await start("asyncTask_shoot", args=given, id=task_id, task_queue=app.queue, **options)
-    run = await status_when(shoot, task_id, ended, timeout=20)
+    run = await status_when(shoot, task_id, ended, timeout=60)
     assert run.status is TaskStatus.FAILED
     with pytest.raises(TaskConflictError, match="was not started by temporal-async-task"):
         await shoot.resume(task_id)
@@ -47,5 +47,5 @@ async def test_an_odd_event_that_was_sent_by_hand_holds_up_neither_the_end_of_a_
     component = await app.start(ask)
     task_id = await ask.submit()
     await component.client.get_workflow_handle(task_id).signal(wire.SIGNAL_EVENT, "odd")
-    await status_when(ask, task_id, ended, timeout=15)
+    await status_when(ask, task_id, ended, timeout=60)
     assert await ask.resume(task_id) == task_id

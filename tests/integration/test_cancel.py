@@ -547,7 +547,7 @@ async def test_a_task_without_steps_is_not_called_again_to_be_cancelled(app: App
     await status_when(task, task_id, backs_off)
     await task.cancel(task_id)
     with pytest.raises(TaskCancelledError):
-        await task.result(task_id, timeout=10)
+        await task.result(task_id, timeout=60)
     assert vendor.calls == ["work"]
 
 
@@ -702,7 +702,7 @@ async def test_a_cancellation_by_temporals_own_means_ends_an_activity_that_waits
     task_id = await submitted(task, in_a_backoff, vendor)
     await app.operator(worker, task_id).cancel()
     with pytest.raises(TaskCancelledError):
-        await task.result(task_id, timeout=10)
+        await task.result(task_id, timeout=60)
     assert (await task.get_status(task_id)).completed_steps == ("first",)
     assert vendor.calls == ["first", "work"]
     await task.resume(task_id)
@@ -947,7 +947,7 @@ async def test_a_run_that_an_operator_pauses_yields_after_its_step_and_goes_on_w
     assert run.calls == ["first", "work"]
     assert (await run.task.get_status(task_id)).status is TaskStatus.PROCESSING
     await operator.unpause()
-    assert await run.task.result(task_id, timeout=10) == "last"
+    assert await run.task.result(task_id, timeout=60) == "last"
     assert run.calls == ["first", "work", "last"]
     assert run.attempts == 2
 
@@ -958,7 +958,7 @@ async def test_a_run_that_an_operator_resets_goes_on_without_calling_a_finished_
     await operator.reset()
     await asyncio.sleep(HEARTBEAT / 3 + 0.3)  # in which the attempt learns of it
     run.is_open = True
-    assert await run.task.result(task_id, timeout=10) == "last"
+    assert await run.task.result(task_id, timeout=60) == "last"
     assert run.calls == ["first", "work", "last"]
     assert run.attempts == 2, "it did yield"
 
@@ -1001,7 +1001,7 @@ async def test_a_worker_stops_at_once_though_a_run_is_being_cancelled(app: App):
     await second.stop()
     took = time.monotonic() - before
     is_open.set()
-    run = await status_when(shoot, task_id, ended, timeout=20)
+    run = await status_when(shoot, task_id, ended, timeout=60)
     assert run.error_type == "TaskCancelledError"
     assert took < 2
 

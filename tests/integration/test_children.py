@@ -38,7 +38,7 @@ async def test_a_child_is_submitted_once_and_its_result_is_the_steps(app: App):
 
     await app.start(child, parent)
     task_id = await parent.submit(5)
-    assert await parent.result(task_id, timeout=20) == 11
+    assert await parent.result(task_id, timeout=60) == 11
     [done] = (await parent.get_status(task_id)).steps
     assert set(runs) == {done.child_task_id}
 
@@ -72,7 +72,7 @@ async def test_a_child_that_fails_fails_its_step(app: App):
         return "no error"
 
     await app.start(child, parent)
-    message = await parent.run(timeout=20)
+    message = await parent.run(timeout=60)
     assert message.startswith("TaskFailedError: ")
     assert message.endswith("NonRetryableError: no such model")
 
@@ -97,9 +97,9 @@ async def test_cancelling_a_parent_cancels_its_child(app: App):
     child_id = await wait_until(child_waits)
     await parent.cancel(task_id, "changed my mind")
     with pytest.raises(TaskCancelledError):
-        await parent.result(task_id, timeout=10)
+        await parent.result(task_id, timeout=60)
     with pytest.raises(TaskCancelledError, match="changed my mind"):
-        await child.result(child_id, timeout=10)
+        await child.result(child_id, timeout=60)
 
 
 @on_both
@@ -123,10 +123,10 @@ async def test_cancelling_a_parent_cancels_all_of_its_children(app: App):
     child_ids = await wait_until(children_wait)
     await parent.cancel(task_id, "changed my mind")
     with pytest.raises(TaskCancelledError):
-        await parent.result(task_id, timeout=10)
+        await parent.result(task_id, timeout=60)
     for child_id in child_ids:
         with pytest.raises(TaskCancelledError, match="changed my mind"):
-            await child.result(child_id, timeout=10)
+            await child.result(child_id, timeout=60)
 
 
 @on_both
@@ -155,10 +155,10 @@ async def test_resuming_a_parent_resumes_the_child_that_failed_it(app: App):
     await app.start(child, parent)
     task_id = await parent.submit()
     with pytest.raises(TaskFailedError, match="out of credit"):
-        await parent.result(task_id, timeout=20)
+        await parent.result(task_id, timeout=60)
     broken = False
     await parent.resume(task_id)
-    assert await parent.result(task_id, timeout=20) == "picture"
+    assert await parent.result(task_id, timeout=60) == "picture"
     assert calls == ["pay", "render", "render"]
     assert (await parent.get_status(task_id)).status is TaskStatus.COMPLETED
 
@@ -179,7 +179,7 @@ async def test_resuming_a_parent_that_was_cancelled_while_it_waited_resumes_its_
     await parent.cancel(task_id)
     for task, its_id in (parent, task_id), (child, waiting.child_task_id):
         with pytest.raises(TaskCancelledError):
-            await task.result(its_id or "", timeout=20)
+            await task.result(its_id or "", timeout=60)
     await parent.resume(task_id)
     await status_when(child, waiting.child_task_id or "", lambda run: run.status is TaskStatus.PROCESSING)
 
@@ -212,7 +212,7 @@ async def test_a_child_that_cannot_be_cancelled_at_first_is_cancelled_in_the_end
     await parent.cancel(task_id, "changed my mind")
     for task, its_id in (parent, task_id), (child, waiting.child_task_id):
         with pytest.raises(TaskCancelledError, match="changed my mind"):
-            await task.result(its_id or "", timeout=20)
+            await task.result(its_id or "", timeout=60)
     assert tries == [waiting.child_task_id] * 4
 
 
@@ -230,4 +230,4 @@ async def test_an_id_that_stands_for_a_run_of_another_task_fails_the_step(app: A
     await app.start(child, other, parent)
     other_id = await other.submit()
     with pytest.raises(TaskFailedError, match="TaskConflictError"):
-        await parent.run(timeout=20)
+        await parent.run(timeout=60)

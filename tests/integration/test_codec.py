@@ -216,7 +216,7 @@ async def test_a_worker_that_cannot_decode_a_run_leaves_it_to_one_that_can(
     assert run.completed_steps == (("first",) if begun else ())
     await stranger.stop()
     await app.start(shoot, data_converter=MASKED)
-    assert await shoot.result(task_id, timeout=10) == f"image of {CANARY.upper()}"
+    assert await shoot.result(task_id, timeout=60) == f"image of {CANARY.upper()}"
 
 
 @on_both
@@ -309,6 +309,6 @@ async def test_a_call_in_flight_is_not_made_again_though_the_codec_fails_longer_
     await wait_until(lambda: time.monotonic() - since > 3)
     keys.is_away = False
     release.set()
-    assert await picture.result(task_id, timeout=10) == "PICTURE OF A LAMP"
+    assert await picture.result(task_id, timeout=60) == "PICTURE OF A LAMP"
     assert calls == ["a lamp"]
     assert (await picture.get_status(task_id)).attempt == 1

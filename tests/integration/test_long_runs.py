@@ -80,7 +80,7 @@ async def test_a_run_whose_journal_alone_makes_its_history_long_gets_its_events(
     await status_when(ask, task_id, waits_for("a"))
     for key in "abc":
         await ask.send(task_id, key, f"event {key}")
-    assert await ask.result(task_id, timeout=20) == [1_500_000, "event a", "event b", "event c"]
+    assert await ask.result(task_id, timeout=60) == [1_500_000, "event a", "event b", "event c"]
     assert calls == ["render"]
 
 
@@ -135,7 +135,7 @@ async def test_a_run_that_goes_on_in_several_histories_keeps_its_journal_and_its
     client = (await frugal.start(rounds.task)).client
     task_id = await rounds.brought_to_its_end()
     await rounds.send_last(task_id)
-    assert await rounds.task.result(task_id, timeout=10) == rounds.answers
+    assert await rounds.task.result(task_id, timeout=60) == rounds.answers
     assert rounds.calls == ["first", *[f"after {key}" for key in rounds.keys]]
     assert len(await histories(client, task_id)) > 3
 
@@ -180,7 +180,7 @@ async def test_a_run_that_fails_after_several_histories_is_resumed_with_its_jour
     assert (failed.error_type, len(failed.completed_steps)) == ("NonRetryableError", 21)
     rounds.is_broken = False
     await rounds.task.resume(task_id)
-    assert await rounds.task.result(task_id, timeout=10) == rounds.answers
+    assert await rounds.task.result(task_id, timeout=60) == rounds.answers
     assert len(rounds.calls) == len(set(rounds.calls)) == 11
     assert (await rounds.task.get_status(task_id)).created_at == failed.created_at
 
@@ -201,7 +201,7 @@ async def test_a_history_replays_whether_or_not_the_one_before_could_hand_over_a
     client = (await frugal.start(rounds.task)).client
     task_id = await rounds.brought_to_its_end()
     await rounds.send_last(task_id)
-    await rounds.task.result(task_id, timeout=10)
+    await rounds.task.result(task_id, timeout=60)
     found = await histories(client, task_id)
     handed_over = 0
     replayer = Replayer(workflows=[TaskWorkflow], data_converter=wire.RAW)
@@ -224,6 +224,6 @@ async def test_a_run_with_more_unread_events_than_fit_into_a_new_history_goes_on
     await rounds.task.send(task_id, "early", "bird")
     for key in rounds.keys:
         await rounds.task.send(task_id, key, f"event of {key}")
-    assert await rounds.task.result(task_id, timeout=20) == rounds.answers
+    assert await rounds.task.result(task_id, timeout=60) == rounds.answers
     [history] = await histories(client, task_id)
     assert len(history.events) > 2 * SHORT

@@ -85,7 +85,7 @@ async def test_a_run_tells_that_it_has_begun_what_it_knows_and_its_result(app: A
     task = reported(draw, to=application)
     await app.start(task)
     task_id = await task.submit("cup")
-    assert await task.result(task_id, timeout=20) == Picture(url="cup")
+    assert await task.result(task_id, timeout=60) == Picture(url="cup")
     assert application.told() == [
         (1, 1, "processing", {}),
         (1, 2, "processing", {"external_id": "CUP"}),
@@ -129,7 +129,7 @@ def shapes() -> list[Callable[[int], Any]]:
 async def test_a_task_of_any_shape_tells(app: App, application: Application, body: Callable[[int], Any]):
     task: TemporalAsyncTask[int, int] = reported(TemporalAsyncTask(f"shape_{body.__name__}", body), to=application)
     await app.start(task)
-    assert await task.run(1, timeout=20) == 2
+    assert await task.run(1, timeout=60) == 2
     assert application.kinds() == ["processing", "completed"]
 
 
@@ -146,7 +146,7 @@ async def test_nothing_waits_for_an_application_that_is_down_but_the_end(app: Ap
     task = reported(draw, to=application)
     await app.start(task)
     task_id = await task.submit("cup")
-    waits = await status_when(task, task_id, backs_off, timeout=20)
+    waits = await status_when(task, task_id, backs_off, timeout=60)
     assert waits.current_step == "report: completed"
     assert (done, application.tries >= 2) == (["one", "two"], True)
     application.down = False
@@ -168,7 +168,7 @@ async def test_a_task_that_is_one_call_is_not_called_again_for_its_report(app: A
     task = reported(pay, to=application)
     await app.start(task)
     task_id = await task.submit("cup")
-    await status_when(task, task_id, backs_off, timeout=20)
+    await status_when(task, task_id, backs_off, timeout=60)
     application.down = False
     assert await task.result(task_id, timeout=60) == "cup"
     assert calls == ["cup"]
@@ -186,7 +186,7 @@ async def test_retries_of_the_body_are_not_failures_of_the_run(app: App, applica
 
     task = reported(flaky, to=application)
     await app.start(task)
-    assert await task.run(1, timeout=20) == 1
+    assert await task.run(1, timeout=60) == 1
     assert application.kinds() == ["processing", "completed"]
     assert len(calls) == 3
 
@@ -198,7 +198,7 @@ async def failing_body(app: App, application: Application, body: Callable[[int],
     plain = TemporalAsyncTask("failing_plain", body, retry_policy=AT_ONCE)
     await app.start(task, plain)
     task_id = await task.submit(1)
-    await status_when(task, task_id, backs_off, timeout=20)
+    await status_when(task, task_id, backs_off, timeout=60)
     application.down = False
     failed = await status_when(task, task_id, ended, timeout=60)
     expected = await status_when(plain, await plain.submit(1), ended, timeout=60)
@@ -254,7 +254,7 @@ async def test_a_call_that_takes_too_long_is_told(app: App, application: Applica
     task = reported(slow, to=application)
     await app.start(task)
     with pytest.raises(TaskFailedError, match=r"step's timeout of 0\.3 s"):
-        await task.run(timeout=20)
+        await task.run(timeout=60)
     assert application.kinds() == ["processing", "failed"]
     assert application.told()[-1][3]["retryable"] is True
 
@@ -267,7 +267,7 @@ async def test_a_result_that_cannot_be_kept_is_a_failure_and_told(app: App, appl
     task = reported(large, to=application)
     await app.start(task)
     with pytest.raises(TaskFailedError, match="PayloadTooLargeError"):
-        await task.run(timeout=20)
+        await task.run(timeout=60)
     assert application.told()[-1][3]["error_type"] in {"StepFailedError", "PayloadTooLargeError"}
 
 
@@ -293,9 +293,9 @@ async def test_a_run_that_is_resumed_tells_its_events_anew(app: App, application
     await app.start(task)
     task_id = await task.submit()
     for _ in range(2):
-        await status_when(task, task_id, ended, timeout=20)
+        await status_when(task, task_id, ended, timeout=60)
         await task.resume(task_id)
-    assert await task.result(task_id, timeout=20) == "done"
+    assert await task.result(task_id, timeout=60) == "done"
     assert [(generation, kind) for generation, _, kind, _ in application.told() if kind != "processing"] == [
         (1, "failed"),
         (2, "failed"),
@@ -317,14 +317,14 @@ async def test_a_cancelled_run_tells_it_and_one_that_is_resumed_then_tells_the_r
     task_id = await task.submit()
     await status_when(task, task_id, lambda run: "first" in run.completed_steps)
     await task.cancel(task_id, "the customer left")
-    run = await status_when(task, task_id, ended, timeout=20)
+    run = await status_when(task, task_id, ended, timeout=60)
     assert run.error_type == "TaskCancelledError"
     assert application.told()[-1][2:] == (
         "failed",
         {"error": "the customer left", "error_type": "TaskCancelledError", "retryable": False},
     )
     await task.resume(task_id)
-    assert await task.result(task_id, timeout=20) == "done"
+    assert await task.result(task_id, timeout=60) == "done"
     assert [one[:3] for one in application.told()][-2:] == [(2, 1, "processing"), (2, 2, "completed")]
 
 
@@ -353,7 +353,7 @@ async def test_a_refused_report_fails_no_run(app: App, application: Application,
 
     task = reported(draw, to=application)
     await app.start(task)
-    assert await task.run(timeout=20) == "done"
+    assert await task.run(timeout=60) == "done"
     assert "The application refuses the report of task run" in caplog.text
 
 
@@ -376,7 +376,7 @@ async def test_the_given_task_submits_and_asks_as_well(app: App, application: Ap
         return "done"
 
     await app.start(reported(draw, to=application))
-    assert await draw.run(timeout=20) == "done"
+    assert await draw.run(timeout=60) == "done"
 
 
 async def test_without_a_server_nothing_is_reported(application: Application):
@@ -429,9 +429,9 @@ async def test_an_external_id_that_could_not_be_told_before_the_body_had_ended_i
     await app.start(task)
     task_id = await task.submit("cup")
     # The end of an attempt: the next one has only the end to tell.
-    await status_when(task, task_id, lambda run: run.attempt > 1, timeout=20)
+    await status_when(task, task_id, lambda run: run.attempt > 1, timeout=60)
     application.down = False
-    assert await task.result(task_id, timeout=20) == "cup"
+    assert await task.result(task_id, timeout=60) == "cup"
     assert bodies == ["cup"]
     assert application.told() == [
         (1, 1, "processing", {}),

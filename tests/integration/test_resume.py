@@ -442,10 +442,10 @@ async def test_whoever_submitted_a_run_gets_the_result_of_what_another_has_resum
     monkeypatch.setattr(vendor, "work", vendor.hold)
     await elsewhere.resume(task_id)
     if goes == "well":
-        assert await task.result(task_id, timeout=20) == ["first a cup", "work", "last a cup"]
+        assert await task.result(task_id, timeout=60) == ["first a cup", "work", "last a cup"]
         return
     await status_when(task, task_id, lambda run: run.current_step == "work")
-    waiting = asyncio.create_task(task.result(task_id, timeout=20))
+    waiting = asyncio.create_task(task.result(task_id, timeout=60))
     await asyncio.sleep(0.2)
     await operator.terminate()
     with pytest.raises(TaskFailedError) as failed:
@@ -597,7 +597,7 @@ async def test_a_run_that_was_cancelled_before_it_began_begins_when_it_is_resume
     with pytest.raises(TaskCancelledError):
         await task.result(task_id)
     await task.resume(task_id)
-    assert await task.result(task_id, timeout=10) == ["first a cup", "work", "last a cup"]
+    assert await task.result(task_id, timeout=60) == ["first a cup", "work", "last a cup"]
 
 
 @on_both
@@ -638,7 +638,7 @@ async def test_an_event_that_was_sent_before_the_run_failed_is_not_lost(app: App
     await status_when(shoot, task_id, ended)
     vendor.is_broken = False
     await shoot.resume(task_id)
-    assert await shoot.result(task_id, timeout=10) == "approved"
+    assert await shoot.result(task_id, timeout=60) == "approved"
 
 
 # After a cancellation that was not the end ------------------------------------------------------------------
@@ -682,7 +682,7 @@ async def test_a_run_that_is_terminated_in_its_cleanup_has_lost_no_finished_step
         run = await status_when(task, task_id, ended)
         vendor.is_broken = False
         await task.resume(task_id)
-        await task.result(task_id, timeout=10)
+        await task.result(task_id, timeout=60)
         return run
 
     # Several of them, for the server lists in any order what is pending.
@@ -744,7 +744,7 @@ async def test_a_run_with_more_unread_events_than_fit_is_resumed_with_all_of_the
     task_id = await failed_with_many_events(task)
     vendor.is_broken = False
     await task.resume(task_id)
-    assert await task.result(task_id, timeout=20) == [MANY[0], MANY[35], MANY[-1]]
+    assert await task.result(task_id, timeout=60) == [MANY[0], MANY[35], MANY[-1]]
     assert vendor.calls == ["first"]
 
 
@@ -758,7 +758,7 @@ async def test_no_event_is_lost_though_a_resumed_run_fails_again_before_it_was_t
         await status_when(task, task_id, ended)
     vendor.is_broken = False
     await task.resume(task_id)
-    assert await task.result(task_id, timeout=20) == [MANY[0], MANY[35], MANY[-1]]
+    assert await task.result(task_id, timeout=60) == [MANY[0], MANY[35], MANY[-1]]
 
 
 async def test_no_event_is_lost_with_a_process_that_dies_as_it_resumes_a_run(app: App, monkeypatch: pytest.MonkeyPatch):
@@ -774,7 +774,7 @@ async def test_no_event_is_lost_with_a_process_that_dies_as_it_resumes_a_run(app
     await status_when(task, task_id, waits)  # for an event that it was to be sent
     await app.operator(component, task_id).terminate()
     await task.resume(task_id)
-    assert await task.result(task_id, timeout=20) == [MANY[0], MANY[35], MANY[-1]]
+    assert await task.result(task_id, timeout=60) == [MANY[0], MANY[35], MANY[-1]]
 
 
 async def dies(*_: Any) -> bool:

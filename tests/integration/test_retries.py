@@ -70,7 +70,7 @@ async def outcome(app: App, task: TemporalAsyncTask[None, Any]) -> TaskResult[An
     """Run a task on a worker of its own, to its end."""
     await app.start(task)
     task_id = await task.submit()
-    return await status_when(task, task_id, ended, timeout=20)
+    return await status_when(task, task_id, ended, timeout=60)
 
 
 def in_a_step(vendor: Vendor, policy: RetryPolicy | None = None) -> TemporalAsyncTask[None, str]:
@@ -154,7 +154,7 @@ async def has_pauses(app: App, policy: RetryPolicy, errors: list[VendorError], e
 
     async def pauses() -> list[float]:
         vendor.calls, vendor.failures = [], list(errors)
-        assert await task.run(timeout=20) == "image"
+        assert await task.run(timeout=60) == "image"
         return vendor.pauses
 
     def late(found: list[float]) -> float:

@@ -86,7 +86,7 @@ async def test_runs_begin_by_the_clock_each_with_an_id_of_its_own(app: App, sche
     ids = await started(handle, 2)
     due = [datetime.strptime(i.removeprefix(f"{handle.id}-"), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) for i in ids]
     assert due[0] > due[1]
-    assert [await greet.result(task_id, timeout=10) for task_id in ids[:2]] == ["hello Ada"] * 2
+    assert [await greet.result(task_id, timeout=60) for task_id in ids[:2]] == ["hello Ada"] * 2
 
 
 async def test_a_paused_schedule_starts_no_runs_until_it_goes_on(app: App, schedule: Make):
@@ -115,7 +115,7 @@ async def test_a_trigger_starts_a_run_at_once(app: App, schedule: Make):
         return 2 * number
 
     await app.start(double)
-    assert await double.result(await triggered(await schedule(double, 21)), timeout=10) == 42
+    assert await double.result(await triggered(await schedule(double, 21)), timeout=60) == 42
 
 
 async def test_a_run_that_falls_due_while_another_goes_on_is_left_out(app: App, schedule: Make):
@@ -207,7 +207,7 @@ async def test_a_schedule_is_found_by_its_id(app: App, schedule: Make):
     again = await tick.get_schedule(handle.id)
     assert await again.describe() == await handle.describe()
     await again.trigger()
-    await tick.result((await started(handle))[0], timeout=10)
+    await tick.result((await started(handle))[0], timeout=60)
 
 
 async def test_the_schedule_of_another_task_is_not_found(app: App, schedule: Make):
@@ -238,7 +238,7 @@ async def test_a_deleted_schedule_is_gone_its_runs_go_on_and_its_id_is_free(app:
     for call in (handle.describe, handle.pause, handle.unpause, handle.trigger, handle.delete):
         with pytest.raises(TaskNotFoundError, match=handle.id):
             await call()
-    assert await wait.result(task_id, timeout=10) == "done"
+    assert await wait.result(task_id, timeout=60) == "done"
     again = await wait.schedule(handle.id, every=3600)
     await again.delete()
 
@@ -344,7 +344,7 @@ async def test_the_runs_of_the_longest_id_have_ids_that_can_be_asked_for(app: Ap
 
     await app.start(tick)
     handle = await tick.schedule(uuid.uuid4().hex.ljust(232, "x"), cron=NEW_YEAR, paused=True)
-    await tick.result(await triggered(handle), timeout=10)
+    await tick.result(await triggered(handle), timeout=60)
     await handle.delete()
 
 
@@ -421,7 +421,7 @@ async def test_a_resumed_run_of_a_schedule_keeps_its_idempotency_keys(app: App, 
     await status_when(order, task_id, ended)
     broken = False
     await order.resume(task_id)
-    assert await order.result(task_id, timeout=10) == "delivered"
+    assert await order.result(task_id, timeout=60) == "delivered"
     assert [len(keys["charge"]), len(keys["deliver"])] == [2, 3]
     assert len({*keys["charge"]}) == len({*keys["deliver"]}) == 1
 
@@ -459,7 +459,7 @@ async def test_the_runs_of_a_schedule_have_different_idempotency_keys(app: App, 
 
     await app.start(charge)
     handle = await schedule(charge, overlap="allow_all")
-    await charge.result(await triggered(handle), timeout=10)
+    await charge.result(await triggered(handle), timeout=60)
     await handle.trigger()  # within the same second they even have the same id
     await wait_until(lambda: len(keys) == 2)
     assert keys[0] != keys[1]
@@ -496,5 +496,5 @@ async def test_a_codec_is_applied_once(app: App, schedule: Make):
     assert (params.metadata["encoding"], params.data) == (b"json/plain", b'"canary"')
     assert wire.TaskInput.from_payload(action.input.payloads[0]).digest.startswith("asyncTaskSealed:")
     task_id = await triggered(handle)
-    assert await echo.result(task_id, timeout=10) == "canary"
+    assert await echo.result(task_id, timeout=60) == "canary"
     assert await echo.submit("canary", task_id=task_id) == task_id

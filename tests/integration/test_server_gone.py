@@ -173,6 +173,6 @@ async def test_a_worker_and_its_runs_go_on_when_the_server_comes_back(tmp_path: 
         server.kill()
         await asyncio.sleep(0.5)
         await server.start()
-        assert await task.result(task_id, timeout=20) == ["first", "second"]
+        assert await task.result(task_id, timeout=60) == ["first", "second"]
         assert calls == ["first", "second"]
         await app.stop()

@@ -80,7 +80,7 @@ async def test_a_run_that_begins_while_it_is_cancelled_is_cleaned_up(app: App, m
     monkeypatch.setattr(StandaloneBackend, "_found", ask_and_be_slow)
     await order.cancel(task_id, "the customer left")
     with pytest.raises(TaskCancelledError, match="the customer left"):
-        await order.result(task_id, timeout=20)
+        await order.result(task_id, timeout=60)
     assert calls == ["work", "release"]
 
 
@@ -107,7 +107,7 @@ async def test_a_wait_for_that_the_definition_does_not_show_fails_the_run_at_onc
 
     await app.start(approved)
     with pytest.raises(TaskFailedError, match=r"wait_for\('approval'\).*execution='workflow'") as failed:
-        await approved.run(timeout=10)
+        await approved.run(timeout=60)
     assert failed.value.error_type == StepUsageError.__name__
 
 
@@ -146,7 +146,7 @@ async def test_a_task_may_be_carried_otherwise_than_the_others_of_its_component(
     task_id = f"run-{uuid.uuid4().hex}"
     for task in (alone, in_workflow):
         await task.submit(task.name, task_id=task_id)
-        assert await task.result(task_id, timeout=10) == task.name
+        assert await task.result(task_id, timeout=60) == task.name
     assert (await client.get_workflow_handle(task_id).describe()).workflow_type == "asyncTask_in_workflow"
     assert (await client.get_activity_handle(task_id).describe()).activity_type == "asyncTask_alone"
 
@@ -191,7 +191,7 @@ async def test_a_server_without_standalone_activities_is_told_of_at_the_connect(
             await task.get_status("run")
         app.execution = "workflow"
         await app.start(in_workflow := TemporalAsyncTask[str, str]("echo", echo))
-        assert await in_workflow.run("hello", timeout=10) == "hello"
+        assert await in_workflow.run("hello", timeout=60) == "hello"
         await app.stop()
 
 

@@ -351,7 +351,7 @@ async def test_a_sync_step_that_hangs_does_not_hold_up_other_tasks(app: App):
     try:
         task_id = await hang.submit()
         await status_when(hang, task_id, lambda run: run.status is TaskStatus.PROCESSING)
-        assert await other.run(timeout=10) == "done"
+        assert await other.run(timeout=60) == "done"
     finally:
         let_go.set()
 
@@ -429,7 +429,7 @@ async def test_a_task_that_sleeps_polls_or_backs_off_holds_no_slot(app: App):
     await status_when(stuck, ids[1], backs_off)
     run = await status_when(ask, ids[2], backs_off)
     assert (run.current_step, run.last_error) == ("ask", None)
-    assert await quick.run(timeout=10) == "done"
+    assert await quick.run(timeout=60) == "done"
     assert calls.count(None) == 1
 
 
@@ -446,7 +446,7 @@ async def test_a_task_that_waits_for_an_event_holds_no_slot(app: App):
     ids = [await ask.submit() for _ in range(3)]
     for task_id in ids:
         await status_when(ask, task_id, lambda run: run.current_step == "approval")
-    assert await quick.run(timeout=10) == "done"
+    assert await quick.run(timeout=60) == "done"
     for task_id in ids:
         await ask.send(task_id, "approval", "approved")
-        assert await ask.result(task_id, timeout=10) == "approved"
+        assert await ask.result(task_id, timeout=60) == "approved"

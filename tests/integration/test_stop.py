@@ -59,7 +59,7 @@ async def test_a_run_whose_code_blocks_beyond_a_stop_goes_to_another_worker(
     assert "they are left behind" in caplog.text
     let_go.set()
     await app.start(shoot)
-    assert await shoot.result(task_id, timeout=15) == 2
+    assert await shoot.result(task_id, timeout=60) == 2
     assert (calls, told) == ([1, 1], [])
     assert not [record for record in caplog.records if record.exc_info]
 
@@ -82,7 +82,7 @@ async def test_a_run_whose_result_waits_for_a_codec_beyond_a_stop_goes_to_anothe
     await wait_until(codec.was_asked.is_set)
     await first.stop()
     await app.start(shoot, data_converter=converter)
-    assert await shoot.result(task_id, timeout=15) == "the second"
+    assert await shoot.result(task_id, timeout=60) == "the second"
 
 
 async def test_many_event_loops_that_are_blocked_are_waited_for_no_longer_than_one():

@@ -35,7 +35,7 @@ async def outcome(app: App, task: TemporalAsyncTask[None, Any]) -> TaskResult[An
     """Run a task on a worker of its own, to its end."""
     await app.start(task)
     task_id = await task.submit()
-    return await status_when(task, task_id, ended, timeout=8)
+    return await status_when(task, task_id, ended, timeout=60)
 
 
 @on_both
