@@ -48,8 +48,8 @@ NEVER_AGAIN = RetryPolicy(max_retries=0)
 
 
 PATIENCE = 60.0
-"""Seconds for what has to happen, and is not measured. A server that is short of time may begin an attempt that no worker
-gets (https://github.com/temporalio/temporal/issues/11733): it is made up for when the heartbeat timeout is over."""
+"""Seconds for what has to happen, and is not measured. A server that is short of time may begin an attempt that no
+worker gets (https://github.com/temporalio/temporal/issues/11733): it is made up for after the heartbeat timeout."""
 
 T = TypeVar("T")
 

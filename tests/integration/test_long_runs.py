@@ -28,6 +28,8 @@ from temporal_async_task.devserver import DevServer
 from temporal_async_task.engine import wire
 from temporal_async_task.engine.workflow import TaskWorkflow
 
+pytestmark = pytest.mark.slow  # they need a server of their own
+
 SHORT = 40
 """Events in a history after which a new one is suggested: some four rounds of waiting."""
 

@@ -9,6 +9,7 @@ from temporal_async_task import async_task
 from temporal_async_task.task import SubmitOptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "later"),
     [

@@ -32,6 +32,7 @@ class WithoutKeyFor(PayloadCodec):
         return list(payloads)
 
 
+@pytest.mark.slow
 async def test_a_run_whose_code_blocks_beyond_a_stop_goes_to_another_worker(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

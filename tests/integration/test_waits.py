@@ -263,6 +263,7 @@ async def test_a_poll_outlives_its_workers_and_the_job_is_started_once(stories: 
 # Sleeps -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_fifty_tasks_that_sleep_leave_two_slots_to_others(app: App):
     @async_task
     async def nap() -> None:
