@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 
 from support import AT_ONCE, App, backs_off, ended, status_when, wait_until
@@ -29,8 +31,10 @@ from temporal_async_task import (
     sleep,
     step,
 )
+from temporal_async_task.integrations.callbacks import Callback
 from temporal_async_task.integrations.reported import report_external_id, reported
 from temporal_async_task.integrations.reports import Report, as_json
+from web import serving
 
 NO_RETRY = RetryPolicy(max_retries=0)
 
@@ -131,6 +135,34 @@ async def test_a_task_of_any_shape_tells(app: App, application: Application, bod
     await app.start(task)
     assert await task.run(1, timeout=60) == 2
     assert application.kinds() == ["processing", "completed"]
+
+
+async def test_a_run_does_not_end_while_something_else_answers_for_the_application(app: App):
+    pages, acknowledged = 0, list[Report]()
+    front = FastAPI()
+
+    @front.post("/reports")
+    async def receive(request: Request) -> Response:
+        nonlocal pages
+        told = Report.decode(await request.body())
+        if told.events[-1].type == "completed" and pages < 2:
+            pages += 1
+            return HTMLResponse("<html>Back soon</html>")
+        acknowledged.append(told)
+        return JSONResponse({"applied": len(told.events)})
+
+    @async_task
+    async def draw(prompt: str) -> str:
+        report_external_id(await step("start", str.upper, prompt))
+        return prompt
+
+    async with serving(front) as url:
+        task = reported(draw, to=Callback(f"{url}/reports", "0123456789abcdef"))
+        await app.start(task)
+        assert await task.result(await task.submit("cup"), timeout=20) == "cup"
+    assert pages == 2
+    last = acknowledged[-1].events[-1]
+    assert (last.type, last.payload) == ("completed", {"external_id": "CUP", "result": "cup"})
 
 
 async def test_nothing_waits_for_an_application_that_is_down_but_the_end(app: App, application: Application):

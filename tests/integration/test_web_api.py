@@ -14,6 +14,7 @@ from uuid import UUID
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
+from pydantic import BaseModel
 
 import web
 from support import App, wait_until
@@ -94,6 +95,49 @@ async def test_the_same_key_of_two_callers_is_two_runs_where_keys_have_a_scope(a
             for name in ("ada", "bob", "ada")
         ]
     assert made[0] == made[2] != made[1]
+
+
+@pytest.mark.parametrize("scope", [lambda: 7, lambda: UUID(int=7), lambda: "7"], ids=["int", "uuid", "str"])
+async def test_a_key_whose_scope_is_an_id_of_any_kind_is_one_run(app: App, tasks: list[Any], scope: Any):
+    await app.connect(*tasks)
+    async with web.client_of(application(tasks, key_scope=scope)) as client:
+        key = {"Idempotency-Key": f"of {scope()!r}"}
+        made = [await client.post("/api/tasks/anything", json=1, headers=key) for _ in range(2)]
+    assert [answer.status_code for answer in made] == [202, 202]
+    assert made[0].json() == made[1].json()
+
+
+class User:
+    """What many an application's dependency returns: its text is an address, another for each request."""
+
+
+class Profile(BaseModel):
+    name: str = "lovelace"
+    seen: int = 1
+
+
+async def test_a_key_whose_scope_is_no_id_is_500_and_no_run(app: App, caplog: pytest.LogCaptureFixture):
+    @async_task
+    async def scoped() -> None:
+        pass
+
+    await app.connect(scoped)
+    scopes: list[Any] = [User, Profile, lambda: None, lambda: True, lambda: 7.0, lambda: b"7", lambda: ("lovelace", 7)]
+    for scope in scopes:
+        async with web.client_of(application([scoped], key_scope=scope)) as client:
+            caplog.clear()
+            answer = await client.post("/api/tasks/scoped", headers={"Idempotency-Key": "1"})
+            assert problem(answer, 500)["code"] == "internal"
+            assert f"str, an int or a uuid.UUID (the user's id), not {type(scope()).__name__}." in caplog.text
+            assert "lovelace" not in caplog.text + answer.text
+    async with web.client_of(application([scoped], key_scope=User)) as client:
+        without_key = (await client.post("/api/tasks/scoped")).json()["task_id"]  # nobody asks for its scope
+    listed = await wait_until(lambda: listed_runs(scoped))
+    assert listed == [without_key]
+
+
+async def listed_runs(task: TemporalAsyncTask[Any, Any]) -> list[str]:
+    return [run.task_id async for run in task.list()]
 
 
 @pytest.mark.parametrize(

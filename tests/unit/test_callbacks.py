@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -124,11 +127,17 @@ def test_a_body_that_is_no_report_is_refused(body: bytes, code: str):
 # Sending --------------------------------------------------------------------------------------------------
 
 
+def parts_of(answer: Any) -> Iterable[bytes]:
+    if answer is None:
+        return [b"<html>proxy</html>"]
+    return answer if isinstance(answer, Iterator) else [json.dumps(answer).encode()]
+
+
 class Web:
     """A web process that answers as it is told."""
 
     def __init__(self) -> None:
-        self.answers: list[tuple[int, dict[str, Any] | None]] = []
+        self.answers: list[tuple[int, Any]] = []
         self.got: list[tuple[str, bytes]] = []
         web = self
 
@@ -136,11 +145,13 @@ class Web:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 web.got.append((self.headers[SIGNATURE_HEADER], body))
-                status, problem = web.answers.pop(0) if web.answers else (200, {"applied": 1})
+                status, answer = web.answers.pop(0) if web.answers else (200, {"applied": 1})
                 self.send_response(status)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
-                self.wfile.write(json.dumps(problem).encode() if problem else b"<html>proxy</html>")
+                with contextlib.suppress(OSError):  # who called has gone
+                    for part in parts_of(answer):
+                        self.wfile.write(part)
 
             do_GET = do_POST  # noqa: N815
 
@@ -203,6 +214,93 @@ async def test_a_redirect_is_no_acknowledgement_and_is_not_followed(web: Web, st
     with pytest.raises(ReportError, match=str(status)):
         await Callback(web.url, SECRET).send(report(1))
     assert len(web.got) == 1
+
+
+async def test_a_page_that_answers_200_is_no_acknowledgement(web: Web):
+    web.answers = [(200, None), (200, None), (200, {"applied": 0})]
+    callback = Callback(web.url, SECRET)
+    for _ in range(2):
+        with pytest.raises(ReportError, match="200 with b'<html>proxy") as failed:
+            await callback.send(report(1))
+        assert not isinstance(failed.value, ReportRefusedError)
+    await callback.send(report(1))
+    assert len(web.got) == 3
+
+
+@pytest.mark.parametrize("status", [201, 202, 203, 204, 206])
+async def test_no_other_success_is_an_acknowledgement(web: Web, status: int):
+    web.answers = [(status, {"applied": 1})]
+    with pytest.raises(ReportError, match=str(status)):
+        await Callback(web.url, SECRET).send(report(1))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"ok": True},
+        {"applied": None},
+        {"applied": True},
+        {"applied": "1"},
+        {"applied": 1.5},
+        [{"applied": 1}],
+        "applied",
+        iter([b""]),
+        iter([b'{"applied": 1']),
+        iter([b"[" * 60_000]),
+        iter([b"\xff\xfe\xfd"]),
+        iter([b" " * 70_000, b'{"applied": 1}']),  # too long to be the receiver's
+    ],
+    ids=lambda answer: "bytes" if isinstance(answer, Iterator) else None,
+)
+async def test_an_answer_that_is_not_the_receivers_is_no_acknowledgement(web: Web, answer: Any):
+    web.answers = [(200, answer)]
+    with pytest.raises(ReportError, match="Does something else answer") as failed:
+        await Callback(web.url, SECRET).send(report(1))
+    assert len(str(failed.value)) < 600
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_an_answer_that_does_not_end_is_not_waited_for(web: Web, status: int):
+    def stream() -> Iterator[bytes]:
+        for _ in range(50):
+            time.sleep(0.1)
+            yield b" "
+        yield b'{"applied": 1}'
+
+    web.answers = [(status, stream())]
+    began = time.monotonic()
+    with pytest.raises(ReportError):
+        await Callback(web.url, SECRET, timeout=0.3).send(report(1))
+    assert time.monotonic() - began < 3
+
+
+async def test_an_answer_in_parts_and_with_more_in_it_acknowledges(web: Web):
+    web.answers = [(200, iter([b'\xef\xbb\xbf{"status": "ok",', b' "applied"', b": 0}\r\n"]))]
+    await Callback(web.url, SECRET).send(report(1))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n20\r\n{"applied": 1}',
+        b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"applied": 1',
+        b"HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n20\r\n{",
+    ],
+    ids=["no HTTP", "chunk", "length", "problem"],
+)
+async def test_an_answer_that_breaks_off_is_no_acknowledgement(answer: bytes):
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}]}")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ReportError):
+            await Callback(f"http://127.0.0.1:{port}/reports", SECRET).send(report(1))
 
 
 async def test_a_web_process_that_is_down_is_named(web: Web):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from http import HTTPStatus
 from typing import Annotated, Any, cast
 from urllib.parse import quote
+from uuid import UUID
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from temporal_async_task.checks import check_text
-from temporal_async_task.errors import InvalidKeyError, TaskNotFoundError
+from temporal_async_task.errors import ConfigError, InvalidKeyError, TaskNotFoundError
 from temporal_async_task.integrations._events import (
     EventStream,
     Snapshot,
@@ -102,7 +103,7 @@ class TaskRoutes:
     Args:
         task: The task.
         watches: The runs that are listened to.
-        key_scope: A dependency that tells whose an ``Idempotency-Key`` is.
+        key_scope: A dependency that returns whose an ``Idempotency-Key`` is: a str, int or UUID.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class TaskRoutes:
             if self.task.takes_params:
                 # What FastAPI has made of the params is for the document only: it would take "1" or true for a number.
                 params = self.documents.read_params(await request.body())
-            task_id = None if idempotency_key is None else self.task_id_of(idempotency_key, str(key_scope))
+            task_id = None if idempotency_key is None else self.task_id_of(idempotency_key, _scope_of(key_scope))
             task_id = await self.task.submit(params, task_id=task_id)
             where = f"{quote(request.scope['path'])}/{quote(task_id, safe='')}"
             return _accepted(task_id, Location=where)
@@ -343,6 +344,22 @@ def _stopping() -> Response:
 
 def _accepted(task_id: str, **headers: str) -> Response:
     return _json(Accepted(task_id=task_id).model_dump_json().encode(), HTTPStatus.ACCEPTED, headers)
+
+
+def _scope_of(found: object) -> str:
+    """The scope of a key as text.
+
+    Raises:
+        ConfigError: It is no id. The text of other objects is not the same for each request (an address), or not
+            another for each caller (None), so that a key would stand for too many runs, or for another caller's.
+    """
+    if isinstance(found, str | int | UUID) and not isinstance(found, bool):
+        return str(found)
+    raise ConfigError(  # whose message does not show the object: it may hold secrets
+        f"The dependency key_scope of create_task_router must return whose an Idempotency-Key is as a str, an int or a "
+        f"uuid.UUID (the user's id), not {type(found).__name__}. Nothing was submitted. Where there is no such id, let "
+        f"it raise an HTTPException."
+    )
 
 
 def _may_be_null(declared: Any) -> bool:

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -35,6 +36,8 @@ REFUSALS = frozenset({"malformed", "too_large", "unknown_record", "out_of_order"
 """Codes of the receiver's answers after which a report is not sent again."""
 _HEADER = re.compile(r"t=(\d{1,12}),v1=([0-9a-f]{64})")
 _MAX_ANSWER = 64 * 1024
+_SHOWN = 100
+"""Bytes of an unexpected answer that an error shows."""
 _THREADS = 16
 
 Secret = str | bytes
@@ -106,6 +109,8 @@ def _digest(body: bytes, key: bytes, at: int) -> str:
 class Callback:
     """Sends reports to the web process, as signed HTTP calls. Needs no database and no HTTP library.
 
+    It is acknowledged by nothing but the status 200 with a JSON object whose ``applied`` is an integer.
+
     Args:
         url: Where the web process receives them, as in ``https://shop.example/integrations/reports``.
         secret: At least 16 bytes, known to the web process and the workers only.
@@ -139,12 +144,12 @@ class Callback:
         headers = {"Content-Type": "application/json", SIGNATURE_HEADER: sign(body, self.secret)}
         request = Request(self.url, body, headers, method="POST")  # noqa: S310 - the scheme was checked
         try:
-            with self._opener.open(request, timeout=self.timeout):
-                return
+            with self._opener.open(request, timeout=self.timeout) as answer:
+                _check_acknowledged(self.url, answer.status, _read(answer, self.timeout))
         except HTTPError as error:
             with error:
-                raise _not_taken(error) from None
-        except (URLError, OSError, ValueError) as error:
+                raise _not_taken(error, self.timeout) from None
+        except (URLError, OSError, HTTPException, ValueError) as error:
             raise ReportError(f"{self.url} does not answer: {error}") from error
 
 
@@ -163,12 +168,36 @@ class _NoRedirects(HTTPRedirectHandler):
         return None
 
 
-def _not_taken(error: HTTPError) -> ReportError:
+def _read(answer: Any, seconds: float) -> bytes:
+    """An answer's body, or as much of it as matters. One that goes on and on (a stream) must not keep the thread."""
+    until = time.monotonic() + seconds
+    body = b""
+    while len(body) < _MAX_ANSWER and (part := answer.read1(_MAX_ANSWER - len(body))):
+        body += part
+        if time.monotonic() > until:
+            raise TimeoutError(f"the answer has not come to its end within {seconds} s")
+    return body
+
+
+def _check_acknowledged(url: str, status: int, body: bytes) -> None:
+    """Raise unless it is the receiver that has answered: a login, a page for all paths say 200, too."""
+    try:
+        applied = json.loads(body)["applied"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        applied = None
+    if status != HTTPStatus.OK or not isinstance(applied, int) or isinstance(applied, bool):
+        raise ReportError(
+            f"{url} answered {status} with {body[:_SHOWN]!r}, where a receiver of reports answers 200 with "
+            f'{{"applied": n}}. Does something else answer in its place?'
+        )
+
+
+def _not_taken(error: HTTPError, seconds: float) -> ReportError:
     code, detail = "", str(error.reason)
     try:
-        problem = json.loads(error.read(_MAX_ANSWER))
+        problem = json.loads(_read(error, seconds))
         code, detail = str(problem["code"]), str(problem["detail"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, RecursionError):
         pass  # an answer of something else: a proxy, an application that lacks the route
     if error.code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:  # by whoever stands before the route, too
         return ReportRefusedError("too_large", detail)

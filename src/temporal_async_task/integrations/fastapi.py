@@ -75,8 +75,9 @@ def create_task_router(
         public: Mount it without dependencies: for everybody, or behind something else that asks who is there.
         ui: Whether to serve the page at ``/tasks/ui``.
         max_body: Bytes that the body of a request may have.
-        key_scope: A FastAPI dependency that returns whose an ``Idempotency-Key`` is (a user's id, say), so that the
-            same key of two callers stands for two runs. Without it, keys are shared by all callers.
+        key_scope: A FastAPI dependency that returns whose an ``Idempotency-Key`` is (a user's id, as a ``str``, ``int``
+            or ``uuid.UUID``), so that the same key of two callers stands for two runs. Where it returns anything else
+            (a user object, None), a submit with a key is answered with 500. Without it, keys are shared by all callers.
 
     Returns:
         The router: ``app.include_router(router, prefix=...)``.
