@@ -36,7 +36,7 @@ STALL = 0.25
 _SLOW = 1.0  # seconds after which a loop counts as blocked, though no line of the application's is seen to do it
 _WATCH_INTERVAL = 0.1
 _STOP_TIMEOUT = 2.0
-_NOT_USERS = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_NOT_USERS = (str(Path(__file__).parents[1]), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _numbers = itertools.count(1)
 T = TypeVar("T")
 
