@@ -38,6 +38,7 @@ from temporal_async_task.devserver import DevServer
 from temporal_async_task.integrations.base import AggregatedIntegration
 from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, Callback, sign
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
+from temporal_async_task.integrations.reported import report_external_id
 from temporal_async_task.integrations.reports import Report, ReportedEvent, utc_now
 from temporal_async_task.integrations.sqlalchemy import (
     APICallMixin,
@@ -128,6 +129,17 @@ class Records:
     async def add(self, *ids: int, **values: Any) -> None:
         async with self.sessions.begin() as session:
             session.add_all([Call(**({"id": one, "prompt": f"p{one}"} | values)) for one in ids])
+
+    async def add_failed(self, *reported: RecordStatus | tuple[RecordStatus, dict[str, Any]]) -> str:
+        """A record that is due for another try, after the one whose run has told this. Returns the run's id."""
+        task_id = f"failed-{self.app.queue}"
+        async with self.sessions.begin() as session:
+            session.add(Call(id=1, prompt="p1", task_id=task_id))
+        report = Report(task="draw", task_id=task_id, generation=1, events=events(*reported))
+        await self.store(self.mapping(TemporalAsyncTask("draw", lambda prompt: prompt))).apply(report)
+        async with self.sessions.begin() as session:
+            (await session.get_one(Call, 1)).try_again()
+        return task_id
 
     async def get(self, call_id: int = 1) -> Call:
         async with self.sessions() as session:
@@ -659,6 +671,25 @@ async def test_a_run_that_the_server_has_forgotten_is_submitted_again(records: R
     async with component, integration.dispatcher:
         await records.becomes("completed")
     assert await records.told() == ["queued", "failed", "queued", "processing", "completed"]
+
+
+async def test_a_run_that_takes_the_place_of_a_forgotten_one_is_heard(records: Records, vendor: Vendor):
+    """It tells its events from the first on, as the forgotten one had done."""
+    component = records.app.component()
+
+    async def draw(prompt: str) -> str:
+        report_external_id("B")
+        return await step("generate", vendor.generate, prompt)
+
+    integration = records.integration(component, records.mapping(TemporalAsyncTask("draw", draw)))
+    component.register_all(integration.create_async_tasks())
+    failed = (FAILED, {"error": "503", "error_type": "E", "retryable": True})
+    await records.add_failed((PROCESSING, {"external_id": "A"}), failed)
+    async with component, integration.dispatcher:
+        call = await records.becomes("completed")
+    assert (call.external_id, call.attempts, call.generation) == ("B", 2, 1)
+    assert (await records.told())[:4] == ["queued", "processing", "failed", "queued"]
+    assert vendor.calls == ["p1"]
 
 
 async def test_asking_about_a_record_brings_it_up_to_date(records: Records, vendor: Vendor):

@@ -224,6 +224,8 @@ class Dispatcher:
             return _refused(claim, "RecordError", claim.fault)
         try:
             if claim.status is not RecordStatus.FAILED or not await _resumed(task, claim.task_id):
+                if claim.status is RecordStatus.FAILED and not await store.begin_anew(claim):
+                    return Settled(claim)
                 await task.submit(claim.params, task_id=claim.task_id)
         except _UNFIT as error:
             return _refused(claim, type(error).__name__, str(error))

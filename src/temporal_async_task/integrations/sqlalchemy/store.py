@@ -212,6 +212,19 @@ class RecordStore:
                 session.rollback()  # the transaction is of no use any more; the others are read again
             return replace(claim, fault=f"params() failed: {type(error).__name__}: {error}")
 
+    async def begin_anew(self, claim: Claim) -> bool:
+        """Expect the reports of another run, as of one that has told nothing: the server has forgotten the record's.
+
+        Returns:
+            False if something else has happened to the record since it was claimed.
+        """
+        record = self.records.record
+        unchanged = (record.task_id == claim.task_id, record.event_count == claim.events)
+        anew = cast("Any", update(record).where(self.records.key == claim.key, *unchanged))
+        anew = anew.values(generation=0, reported=0).returning(record.task_id)
+        anew = anew.execution_options(synchronize_session=False)
+        return bool(await self.database.run(lambda session: session.execute(anew).all()))
+
     # Bringing records on
 
     async def settle(self, outcomes: Sequence[Settled]) -> None:
