@@ -576,6 +576,33 @@ async def test_a_failed_run_is_resumed_from_its_last_finished_step(records: Reco
     }
 
 
+async def test_a_failed_run_is_resumed_though_its_params_could_not_be_made_again(records: Records, vendor: Vendor):
+    """It has them already, and was paid for."""
+    uploads = [ConnectionError("no bucket")]
+
+    def upload(_: str) -> str:
+        if uploads:
+            raise uploads.pop()
+        return "stored"
+
+    async def draw(prompt: str) -> str:
+        return await step("upload", upload, await step("generate", vendor.generate, prompt))
+
+    def params(call: Call) -> str:
+        if call.attempts:
+            raise KeyError("the customer's address was deleted")
+        return call.prompt
+
+    component = records.app.component()
+    task = TemporalAsyncTask("draw", draw, retry_policy=NO_RETRY)
+    integration = records.integration(component, records.mapping(task, params=params))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        call = await records.becomes("completed")
+    assert (call.response, call.attempts, vendor.calls) == ("stored", 2, ["p1"])
+
+
 async def test_a_record_is_tried_so_often_and_no_more_until_somebody_asks(records: Records, vendor: Vendor):
     def fail(_: str) -> str:
         raise ConnectionError("down")

@@ -220,13 +220,14 @@ class Dispatcher:
 
     async def _submit(self, store: RecordStore, claim: Claim) -> Settled:
         task = store.records.task
-        if claim.fault is not None:
-            return _refused(claim, "RecordError", claim.fault)
         try:
-            if claim.status is not RecordStatus.FAILED or not await _resumed(task, claim.task_id):
-                if claim.status is RecordStatus.FAILED and not await store.begin_anew(claim):
-                    return Settled(claim)
-                await task.submit(claim.params, task_id=claim.task_id)
+            if claim.may_resume and await _resumed(task, claim.task_id):  # which takes no params
+                return Settled(claim, Event(RecordStatus.QUEUED, utc_now()))
+            if claim.fault is not None:
+                return _refused(claim, "RecordError", claim.fault)
+            if claim.status is RecordStatus.FAILED and not await store.begin_anew(claim):
+                return Settled(claim)
+            await task.submit(claim.params, task_id=claim.task_id)
         except _UNFIT as error:
             return _refused(claim, type(error).__name__, str(error))
         except ServerUnavailableError as error:

@@ -59,7 +59,11 @@ class Claim:
     """How often it was claimed in a row, this time included."""
     params: Any = None
     fault: str | None = None
-    """Why its params could not be made."""
+    """Why it cannot be submitted: its params could not be made, or it has been claimed too often."""
+
+    @property
+    def may_resume(self) -> bool:
+        return self.status is RecordStatus.FAILED and self.claims <= MAX_CLAIMS
 
 
 @dataclass(frozen=True, slots=True)
