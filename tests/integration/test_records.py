@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,6 +30,7 @@ from temporal_async_task import (
     TaskConflictError,
     TaskNotFoundError,
     TaskNotRegisteredError,
+    TaskResult,
     TaskStatus,
     TemporalAsyncTask,
     step,
@@ -48,6 +49,7 @@ from temporal_async_task.integrations.sqlalchemy import (
     RecordIntegration,
     RecordTask,
 )
+from temporal_async_task.integrations.sqlalchemy import dispatcher as dispatching
 from temporal_async_task.integrations.sqlalchemy.mixins import state_of
 from temporal_async_task.integrations.sqlalchemy.sessions import Database
 from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, TO_START, RecordStore, Settled
@@ -140,6 +142,10 @@ class Records:
         async with self.sessions.begin() as session:
             (await session.get_one(Call, 1)).try_again()
         return task_id
+
+    async def delete(self, call_id: int) -> None:
+        async with self.sessions.begin() as session:
+            await session.delete(await session.get_one(Call, call_id))
 
     async def get(self, call_id: int = 1) -> Call:
         async with self.sessions() as session:
@@ -666,6 +672,11 @@ async def test_a_cancelled_run_is_told_and_not_tried_again(records: Records, ven
     assert await records.told() == ["queued", "processing", "failed"]
 
 
+async def ended(task: TemporalAsyncTask[Any, Any], task_id: Any) -> TaskResult[Any] | None:
+    run = await task.get_status(task_id)
+    return run if run.completed_at else None
+
+
 async def is_failed(task: TemporalAsyncTask[Any, Any], task_id: Any) -> bool:
     return (await task.get_status(task_id)).status is TaskStatus.FAILED
 
@@ -889,6 +900,93 @@ async def test_a_record_that_failed_for_good_between_claim_and_question_is_not_t
     report_before_reading(store, failed, monkeypatch, records)
     assert await store.claim(TO_CHECK, 5, timedelta(seconds=60)) == []
     assert (await records.get()).due_at is None
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have records of a batch wait for each other, as behind a server that is slow."""
+    monkeypatch.setattr(dispatching, "_CONCURRENCY", 1)
+
+
+def on_submit(
+    task: TemporalAsyncTask[Any, Any], monkeypatch: pytest.MonkeyPatch, do: Callable[[str], Awaitable[object]]
+) -> list[str]:
+    """Have something happen when a task was submitted and its record is not settled. Returns the submitted params."""
+    submit, submitted = task.submit, list[str]()
+
+    async def submit_and_do(params: str, **options: Any) -> str:
+        task_id = await submit(params, **options)
+        submitted.append(params)
+        await do(params)
+        return task_id
+
+    monkeypatch.setattr(task, "submit", submit_and_do)
+    return submitted
+
+
+async def test_a_record_that_is_deleted_before_its_turn_is_not_started(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None
+):
+    integration = records.integration(component := records.app.component(), records.mapping(vendor.task()))
+    component.register_all(tasks := integration.create_async_tasks())
+    submitted = on_submit(tasks[0], monkeypatch, lambda _: records.delete(2))
+    await records.add(1, 2)
+    await integration.dispatcher.sweep()
+    assert submitted == ["p1"]
+
+
+async def test_a_record_that_is_deleted_as_it_is_started_has_its_run_cancelled(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever deletes it may have tried to, when there was no run yet."""
+
+    async def wait(_: str) -> None:
+        await asyncio.sleep(600)
+
+    integration = records.integration(
+        component := records.app.component(), records.mapping(TemporalAsyncTask("wait", wait, heartbeat_timeout=2))
+    )
+    component.register_all(tasks := integration.create_async_tasks())
+    on_submit(tasks[0], monkeypatch, lambda _: records.delete(1))
+    await records.add(1, task_id=f"deleted-{records.app.queue}")
+    async with component:
+        await integration.dispatcher.sweep()
+        run = await wait_until(lambda: ended(tasks[0], f"deleted-{records.app.queue}"), timeout=20)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "its record was deleted")
+
+
+async def test_a_record_whose_claim_has_run_out_before_its_turn_waits_for_the_next(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None
+):
+    integration = records.integration(
+        component := records.app.component(), records.mapping(vendor.task()), lease=(lease := 2.0)
+    )
+    component.register_all(tasks := integration.create_async_tasks())
+    submitted = on_submit(tasks[0], monkeypatch, lambda _: asyncio.sleep(lease))
+    await records.add(1, 2)
+    await integration.dispatcher.sweep()
+    assert (submitted, (await records.get(2)).claims) == (["p1"], 0)
+    await integration.dispatcher.sweep()
+    assert submitted == ["p1", "p2"]
+
+
+async def test_a_record_that_another_has_claimed_before_its_turn_is_left_to_it(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None
+):
+    integration = records.integration(component := records.app.component(), records.mapping(vendor.task()), lease=60)
+    component.register_all(tasks := integration.create_async_tasks())
+    store = records.store(integration.records[0])
+
+    async def claim(_: str) -> None:
+        async with records.sessions.begin() as session:
+            (await session.get_one(Call, 2)).due_at = utc_now()  # a clock that is ahead
+        assert [one.key for one in await store.claim(TO_START, 5, timedelta(seconds=600))] == [2]
+
+    submitted = on_submit(tasks[0], monkeypatch, claim)
+    await records.add(1, 2)
+    await integration.dispatcher.sweep()
+    assert submitted == ["p1"]
+    assert (await records.get(2)).due_at > utc_now() + timedelta(seconds=300)
 
 
 async def test_a_record_that_takes_its_dispatcher_down_each_time_is_given_up(records: Records, vendor: Vendor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -210,17 +211,21 @@ class Dispatcher:
         if room <= 0:
             return False
         limit = min(room, self._batch)
+        until = time.monotonic() + self._lease.total_seconds()
         claims = await store.claim(TO_START, limit, self._lease, max_waiting=records.max_backlog)
-        outcomes = await _each(claims, lambda claim: self._submit(store, claim))
-        await store.settle(outcomes)
+        outcomes = await _each(claims, lambda claim: self._submit(store, claim, until))
+        for claim in await store.settle(outcomes):
+            await _withdraw(records.task, claim)
         for outcome in outcomes:
             if outcome.trouble is not None:
                 raise outcome.trouble
         return bool(claims)
 
-    async def _submit(self, store: RecordStore, claim: Claim) -> Settled:
+    async def _submit(self, store: RecordStore, claim: Claim, until: float) -> Settled:
         task = store.records.task
         try:
+            if time.monotonic() > until or not await store.holds(claim):
+                return Settled(claim)
             if claim.may_resume and await _resumed(task, claim.task_id):  # which takes no params
                 return Settled(claim, Event(RecordStatus.QUEUED, utc_now()))
             if claim.fault is not None:
@@ -269,6 +274,14 @@ async def _resumed(task: Any, task_id: str) -> bool:
             # It goes on already, or has completed: the record will be told.
         break
     return True
+
+
+async def _withdraw(task: Any, claim: Claim) -> None:
+    """Cancel a run that was started while its record was deleted: whoever did it could not."""
+    try:
+        await task.cancel(claim.task_id, "its record was deleted")
+    except Exception as error:
+        logger.warning("Task run %s has no record any more, and goes on: %s", claim.task_id, error)
 
 
 def _refused(claim: Claim, error_type: str, error: str) -> Settled:

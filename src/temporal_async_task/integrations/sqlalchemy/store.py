@@ -57,6 +57,8 @@ class Claim:
     """How many events the record had: if it has more by now, the claim is worth nothing."""
     claims: int
     """How often it was claimed in a row, this time included."""
+    due_at: datetime | None
+    """When the claim runs out. No two claims have the same."""
     params: Any = None
     fault: str | None = None
     """Why it cannot be submitted: its params could not be made, or it has been claimed too often."""
@@ -201,6 +203,7 @@ class RecordStore:
                 status=RecordStatus(record.status),
                 events=record.event_count,
                 claims=record.claims,
+                due_at=record.due_at,
             )
             claims.append(self._with_params(session, record, claim) if with_params else claim)
         return claims
@@ -215,6 +218,14 @@ class RecordStore:
             if isinstance(error, SQLAlchemyError):
                 session.rollback()  # the transaction is of no use any more; the others are read again
             return replace(claim, fault=f"params() failed: {type(error).__name__}: {error}")
+
+    async def holds(self, claim: Claim) -> bool:
+        """Whether a claim still stands: the record is there as it was, and nobody else's."""
+        record = self.records.record
+        columns = (record.task_id, record.status, record.event_count, record.claims, record.due_at)
+        query = select(*columns).where(self.records.key == claim.key)
+        as_claimed = (claim.task_id, claim.status, claim.events, claim.claims, claim.due_at)
+        return await self.database.read(lambda session: session.execute(query).all()) == [as_claimed]
 
     async def begin_anew(self, claim: Claim) -> bool:
         """Expect the reports of another run, as of one that has told nothing: the server has forgotten the record's.
@@ -231,23 +242,31 @@ class RecordStore:
 
     # Bringing records on
 
-    async def settle(self, outcomes: Sequence[Settled]) -> None:
-        """Write what has come of claims, except where something else has happened to the record meanwhile."""
-        by_key = {settled.claim.key: settled for settled in outcomes}
-        if by_key:
-            await self.database.run(lambda session: self._settle(session, by_key))
+    async def settle(self, outcomes: Sequence[Settled]) -> list[Claim]:
+        """Write what has come of claims, except where something else has happened to the record meanwhile.
 
-    def _settle(self, session: Session, by_key: dict[Any, Settled]) -> None:
-        for record in self._locked(session, self.records.key.in_(by_key)):
-            settled = by_key[getattr(record, self.records.key.key)]
-            claim = settled.claim
+        Returns:
+            The claims of records that were deleted while their tasks were started.
+        """
+        by_key = {settled.claim.key: settled for settled in outcomes}
+        return await self.database.run(lambda session: self._settle(session, by_key)) if by_key else []
+
+    def _settle(self, session: Session, by_key: dict[Any, Settled]) -> list[Claim]:
+        unwanted: list[Claim] = []
+        found = {getattr(one, self.records.key.key): one for one in self._locked(session, self.records.key.in_(by_key))}
+        for key, settled in by_key.items():
+            claim, record = settled.claim, found.get(key)
             # By its task, too: SQLite gives the key of a record that was deleted to another.
-            if (record.task_id, record.event_count, record.status) != (claim.task_id, claim.events, claim.status):
+            if record is None or record.task_id != claim.task_id:
+                if settled.event is not None and settled.event.type is RecordStatus.QUEUED:
+                    unwanted.append(claim)
+            elif (record.event_count, record.status) != (claim.events, claim.status):
                 continue
-            if settled.event is None:
-                record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
-            else:
+            elif settled.event is not None:
                 self._apply(session, record, settled.event, retryable=settled.retryable)
+            elif record.due_at == claim.due_at:  # else it is another's by now
+                record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
+        return unwanted
 
     async def apply(self, report: Report) -> int:
         """Apply what is new in a report. Applying it again changes nothing.
