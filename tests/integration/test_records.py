@@ -139,9 +139,12 @@ class Records:
             session.add(Call(id=1, prompt="p1", task_id=task_id))
         report = Report(task="draw", task_id=task_id, generation=1, events=events(*reported))
         await self.store(self.mapping(TemporalAsyncTask("draw", lambda prompt: prompt))).apply(report)
-        async with self.sessions.begin() as session:
-            (await session.get_one(Call, 1)).try_again()
+        await self.change(1, Call.try_again)
         return task_id
+
+    async def change(self, call_id: int, how: Callable[[Call], None]) -> None:
+        async with self.sessions.begin() as session:
+            how(await session.get_one(Call, call_id))
 
     async def delete(self, call_id: int) -> None:
         async with self.sessions.begin() as session:
@@ -672,6 +675,58 @@ async def test_a_cancelled_run_is_told_and_not_tried_again(records: Records, ven
     assert await records.told() == ["queued", "processing", "failed"]
 
 
+async def test_a_run_that_was_cancelled_after_it_had_told_of_its_failure_is_left_to_a_person(
+    records: Records, vendor: Vendor
+):
+    """Its record waits for another try."""
+
+    async def wait(prompt: str) -> None:
+        vendor.calls.append(prompt)
+        await asyncio.sleep(600)
+
+    task = TemporalAsyncTask("draw", wait, heartbeat_timeout=2)
+    dispatcher = Dispatcher(component := records.app.component(task), records.sessions, records.mapping(task))
+    task_id = await records.add_failed(PROCESSING, UNAVAILABLE)
+    async with component:
+        await task.submit("p1", task_id=task_id)
+        await wait_until(lambda: vendor.calls, timeout=20)
+        await task.cancel(task_id, "the customer left")
+        await wait_until(lambda: ended(task, task_id), timeout=20)
+        await dispatcher.sweep()
+        call = await records.get()
+        assert (call.status, call.error, call.due_at) == ("failed", "the customer left", None)
+        assert await records.told() == ["queued", "processing", "failed", "failed"]
+        await records.change(1, Call.try_again)
+        await dispatcher.sweep()
+        assert (await records.get()).status == "queued"
+        await wait_until(lambda: len(vendor.calls) == 2, timeout=20)
+
+
+async def test_a_record_that_is_given_up_is_not_started(records: Records, vendor: Vendor):
+    """Nor does it count as one that is just being started."""
+    integration = records.integration(
+        component := records.app.component(), records.mapping(vendor.task(), max_backlog=1)
+    )
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, claims=1)
+    await records.change(1, Call.give_up)
+    await records.add(2)
+    await integration.dispatcher.sweep()
+    assert [(await records.get(one)).status for one in (1, 2)] == ["pending", "queued"]
+
+
+async def test_a_failed_record_that_is_given_up_is_tried_again_only_if_somebody_asks(records: Records, vendor: Vendor):
+    integration = records.integration(component := records.app.component(), records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add_failed(PROCESSING, UNAVAILABLE)
+    await records.change(1, Call.give_up)
+    await integration.dispatcher.sweep()
+    assert await records.told() == ["queued", "processing", "failed"]
+    await records.change(1, Call.try_again)
+    await integration.dispatcher.sweep()
+    assert await records.told() == ["queued", "processing", "failed", "queued"]
+
+
 async def ended(task: TemporalAsyncTask[Any, Any], task_id: Any) -> TaskResult[Any] | None:
     run = await task.get_status(task_id)
     return run if run.completed_at else None
@@ -721,8 +776,7 @@ async def test_a_run_that_takes_the_place_of_a_forgotten_one_is_heard(records: R
 
     integration = records.integration(component, records.mapping(TemporalAsyncTask("draw", draw)))
     component.register_all(integration.create_async_tasks())
-    failed = (FAILED, {"error": "503", "error_type": "E", "retryable": True})
-    await records.add_failed((PROCESSING, {"external_id": "A"}), failed)
+    await records.add_failed((PROCESSING, {"external_id": "A"}), UNAVAILABLE)
     async with component, integration.dispatcher:
         call = await records.becomes("completed")
     assert (call.external_id, call.attempts, call.generation) == ("B", 2, 1)
@@ -935,10 +989,11 @@ async def test_a_record_that_is_deleted_before_its_turn_is_not_started(
     assert submitted == ["p1"]
 
 
-async def test_a_record_that_is_deleted_as_it_is_started_has_its_run_cancelled(
-    records: Records, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["deleted", "given up"])
+async def test_a_record_that_is_deleted_or_given_up_as_it_is_started_has_its_run_cancelled(
+    records: Records, monkeypatch: pytest.MonkeyPatch, how: str
 ):
-    """Whoever deletes it may have tried to, when there was no run yet."""
+    """Whoever does it may have tried to, when there was no run yet."""
 
     async def wait(_: str) -> None:
         await asyncio.sleep(600)
@@ -947,12 +1002,14 @@ async def test_a_record_that_is_deleted_as_it_is_started_has_its_run_cancelled(
         component := records.app.component(), records.mapping(TemporalAsyncTask("wait", wait, heartbeat_timeout=2))
     )
     component.register_all(tasks := integration.create_async_tasks())
-    on_submit(tasks[0], monkeypatch, lambda _: records.delete(1))
-    await records.add(1, task_id=f"deleted-{records.app.queue}")
+    leave = (lambda _: records.delete(1)) if how == "deleted" else (lambda _: records.change(1, Call.give_up))
+    on_submit(tasks[0], monkeypatch, leave)
+    task_id = f"unwanted-{records.app.queue}"
+    await records.add(1, task_id=task_id)
+    await integration.dispatcher.sweep()
     async with component:
-        await integration.dispatcher.sweep()
-        run = await wait_until(lambda: ended(tasks[0], f"deleted-{records.app.queue}"), timeout=20)
-    assert (run.error_type, run.error) == ("TaskCancelledError", "its record was deleted")
+        run = await wait_until(lambda: ended(tasks[0], task_id), timeout=20)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "its record was deleted or given up")
 
 
 async def test_a_record_whose_claim_has_run_out_before_its_turn_waits_for_the_next(
@@ -1061,6 +1118,7 @@ PROCESSING, COMPLETED, FAILED = RecordStatus.PROCESSING, RecordStatus.COMPLETED,
 KNOWN = (PROCESSING, {"external_id": "job-1"})
 DONE = (COMPLETED, {"result": {"url": "x"}})
 BROKEN = (FAILED, {"error": "503", "error_type": "E", "retryable": False})
+UNAVAILABLE = (FAILED, {"error": "503", "error_type": "E", "retryable": True})
 
 
 @pytest.mark.parametrize("autoflush", [True, False])

@@ -30,6 +30,7 @@ from temporal_async_task.integrations.reports import utc_now
 from temporal_async_task.integrations.sqlalchemy.backlog import backlog
 from temporal_async_task.integrations.sqlalchemy.sessions import Database, Sessions
 from temporal_async_task.integrations.sqlalchemy.store import (
+    ENDED_BY_HAND,
     TO_CHECK,
     TO_START,
     Claim,
@@ -226,8 +227,8 @@ class Dispatcher:
         try:
             if time.monotonic() > until or not await store.holds(claim):
                 return Settled(claim)
-            if claim.may_resume and await _resumed(task, claim.task_id):  # which takes no params
-                return Settled(claim, Event(RecordStatus.QUEUED, utc_now()))
+            if claim.may_resume and (event := await _resume(store, claim)):  # which takes no params
+                return Settled(claim, event)
             if claim.fault is not None:
                 return _refused(claim, "RecordError", claim.fault)
             if claim.status is RecordStatus.FAILED and not await store.begin_anew(claim):
@@ -260,34 +261,43 @@ async def _ask(store: RecordStore, claim: Claim) -> bool:
     return await store.note(claim, run)
 
 
-async def _resumed(task: Any, task_id: str) -> bool:
-    """Have a failed run go on from its last finished step. False if there is no such run."""
+async def _resume(store: RecordStore, claim: Claim) -> Event | None:
+    """Have a failed run go on from its last finished step. None: there is no such run."""
+    task = store.records.task
     for pause in (*_ENDING, None):
         try:
-            await task.resume(task_id)
+            run = await task.get_status(claim.task_id)
+            if run.error_type in ENDED_BY_HAND and run.error_type != await store.last_error_type(claim):
+                # It had failed before, and is not to go on by itself. Once the record tells so, a person may have it.
+                return _failed(run.error_type, run.error or "")
+            await task.resume(claim.task_id)
         except TaskNotFoundError:
-            return False
+            return None
         except TaskConflictError:
             if pause is not None:
                 await asyncio.sleep(pause)
                 continue
             # It goes on already, or has completed: the record will be told.
         break
-    return True
+    return Event(RecordStatus.QUEUED, utc_now())
 
 
 async def _withdraw(task: Any, claim: Claim) -> None:
-    """Cancel a run that was started while its record was deleted: whoever did it could not."""
+    """Cancel a run that was started while its record was deleted or given up: whoever did it could not."""
     try:
-        await task.cancel(claim.task_id, "its record was deleted")
+        await task.cancel(claim.task_id, "its record was deleted or given up")
     except Exception as error:
-        logger.warning("Task run %s has no record any more, and goes on: %s", claim.task_id, error)
+        logger.warning("Task run %s, which nobody wants any more, goes on: %s", claim.task_id, error)
 
 
 def _refused(claim: Claim, error_type: str, error: str) -> Settled:
     """A record that cannot be submitted fails, and is in nobody's way."""
-    payload = {"error": in_words(error_type, error)[:4000], "error_type": error_type, "retryable": False}
-    return Settled(claim, Event(RecordStatus.FAILED, utc_now(), payload))
+    return Settled(claim, _failed(error_type, in_words(error_type, error)[:4000]))
+
+
+def _failed(error_type: str, error: str) -> Event:
+    payload = {"error": error, "error_type": error_type, "retryable": False}
+    return Event(RecordStatus.FAILED, utc_now(), payload)
 
 
 async def _each(claims: Sequence[Claim], work: Callable[[Claim], Awaitable[T]]) -> list[T]:

@@ -36,13 +36,8 @@ TO_CHECK = (RecordStatus.QUEUED, RecordStatus.PROCESSING)
 _ENDS = (RecordStatus.COMPLETED, RecordStatus.FAILED)
 MAX_CLAIMS = 10
 """Claims in a row that may end with the process that made them: a record must not kill all dispatchers for ever."""
-_NOT_AGAIN = NOT_AGAIN | {
-    "TaskCancelledError",
-    "TerminatedError",
-    "NonRetryableError",
-    "ResultError",
-    "PayloadTooLargeError",
-}
+ENDED_BY_HAND = frozenset({"TaskCancelledError", "TerminatedError"})
+_NOT_AGAIN = NOT_AGAIN | ENDED_BY_HAND | {"NonRetryableError", "ResultError", "PayloadTooLargeError"}
 """Types of errors, as a status shows them, after which a record is left to a person."""
 
 
@@ -80,6 +75,10 @@ class Settled:
     """What was in the way, if nothing has come of it. The record is not to blame, ..."""
     after: timedelta = timedelta(0)
     """... and is due again after this."""
+
+    @property
+    def starts(self) -> bool:
+        return self.event is not None and self.event.type is RecordStatus.QUEUED
 
 
 class RecordStore:
@@ -171,7 +170,7 @@ class RecordStore:
     def _waiting(self, session: Session) -> int:
         """How many records were started and have not begun, or were claimed to be started and are not settled."""
         record = self.records.record
-        being_started = record.status.in_(TO_START) & (record.claims > 0)
+        being_started = record.status.in_(TO_START) & (record.claims > 0) & record.due_at.is_not(None)
         query = select(func.count()).where(
             *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
         )
@@ -227,6 +226,13 @@ class RecordStore:
         as_claimed = (claim.task_id, claim.status, claim.events, claim.claims, claim.due_at)
         return await self.database.read(lambda session: session.execute(query).all()) == [as_claimed]
 
+    async def last_error_type(self, claim: Claim) -> str | None:
+        """Of the failure that the claimed record has learned of last."""
+        event = self.records.event
+        query = select(event.payload).where(event.task_id == claim.task_id, event.sequence == claim.events)
+        payload = await self.database.read(lambda session: session.scalars(query).one_or_none())
+        return None if payload is None else payload.get("error_type")
+
     async def begin_anew(self, claim: Claim) -> bool:
         """Expect the reports of another run, as of one that has told nothing: the server has forgotten the record's.
 
@@ -246,7 +252,7 @@ class RecordStore:
         """Write what has come of claims, except where something else has happened to the record meanwhile.
 
         Returns:
-            The claims of records that were deleted while their tasks were started.
+            The claims of records that were deleted or given up while their tasks were started.
         """
         by_key = {settled.claim.key: settled for settled in outcomes}
         return await self.database.run(lambda session: self._settle(session, by_key)) if by_key else []
@@ -258,11 +264,13 @@ class RecordStore:
             claim, record = settled.claim, found.get(key)
             # By its task, too: SQLite gives the key of a record that was deleted to another.
             if record is None or record.task_id != claim.task_id:
-                if settled.event is not None and settled.event.type is RecordStatus.QUEUED:
+                if settled.starts:
                     unwanted.append(claim)
             elif (record.event_count, record.status) != (claim.events, claim.status):
                 continue
             elif settled.event is not None:
+                if settled.starts and record.due_at is None:
+                    unwanted.append(claim)
                 self._apply(session, record, settled.event, retryable=settled.retryable)
             elif record.due_at == claim.due_at:  # else it is another's by now
                 record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
