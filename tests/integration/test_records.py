@@ -14,7 +14,7 @@ import httpx
 import pytest
 from asyncpg.exceptions import CannotConnectNowError
 from fastapi import FastAPI, HTTPException
-from sqlalchemy import ForeignKey, UniqueConstraint, create_engine, event, insert, select, text
+from sqlalchemy import ForeignKey, String, TypeDecorator, UniqueConstraint, create_engine, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -97,6 +97,24 @@ class Album(APICallMixin, Base):
     owner_id: Mapped[int | None] = mapped_column(ForeignKey("customers.id"))
     owner: Mapped[Customer | None] = relationship(lazy="joined")
     pages: Mapped[list[Page]] = relationship(lazy="joined")
+
+
+class Sealed(TypeDecorator[str]):
+    """A text that only those who have the key can read."""
+
+    impl = String
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, _: Any) -> str | None:
+        if value == "bad":
+            raise ValueError("no key for it")
+        return value
+
+
+class Letter(APICallMixin, Base):
+    __tablename__ = "letters"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    words: Mapped[str] = mapped_column(Sealed)
 
 
 @pytest.fixture
@@ -534,6 +552,46 @@ async def test_a_result_that_json_has_no_word_for_is_kept_without_it(records: Re
     async with component, dispatcher:
         call = await records.becomes("completed")
     assert call.response == {"sizes": [None, None, 1.5], "name": "a\\x00b"}
+
+
+async def test_a_record_that_cannot_be_loaded_fails_with_the_reason_and_blocks_no_others(
+    records: Records, vendor: Vendor
+):
+    component = records.app.component()
+    letters = RecordTask(record=Letter, event=CallEvent, task=vendor.task(), params=lambda letter: letter.words)
+    integration = records.integration(component, letters)
+    component.register_all(integration.create_async_tasks())
+    async with records.sessions.begin() as session:
+        session.add_all([Letter(id=number, words=words) for number, words in enumerate(["a", "bad", "b"], 1)])
+    await integration.dispatcher.sweep()
+    async with records.sessions() as session:
+        query = select(Letter.status, Letter.error, Letter.due_at.is_(None)).order_by(Letter.id)
+        queued, bad, *others = [tuple(row) for row in await session.execute(query)]
+    assert queued == ("queued", None, False)
+    assert others == [queued]
+    assert bad == ("failed", "RecordError: it cannot be loaded: ValueError: no key for it", True)
+
+
+async def test_a_record_that_cannot_be_written_blocks_no_others(
+    records: Records, vendor: Vendor, caplog: pytest.LogCaptureFixture
+):
+    def refuse(_: Any, __: Any, call: Call) -> None:
+        if call.id == 2:
+            raise ValueError("not this one")
+
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, 2, 3)
+    event.listen(Call, "before_update", refuse)
+    try:
+        await integration.dispatcher.sweep()
+    finally:
+        event.remove(Call, "before_update", refuse)
+    assert [(await records.get(one)).status for one in (1, 2, 3)] == ["queued", "pending", "queued"]
+    [logged] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "cannot be written" in logged.getMessage()
+    assert "not this one" in str(logged.exc_info)
 
 
 def records_of(call: Call) -> Any:

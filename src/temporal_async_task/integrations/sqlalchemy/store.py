@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from sqlalchemy import false, func, inspect, or_, select, update
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import lazyload
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import lazyload, load_only
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
 from temporal_async_task.integrations.lifecycle import NOT_AGAIN, Event, RecordStatus
 from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
-from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
+from temporal_async_task.integrations.sqlalchemy.mixins import RECORD_COLUMNS, STATE_COLUMNS, state_of
+from temporal_async_task.integrations.sqlalchemy.sessions import is_outage
 from temporal_async_task.status import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -190,26 +191,37 @@ class RecordStore:
     def _claimed(
         self, session: Session, keys: Sequence[Any], statuses: Collection[RecordStatus], *, with_params: bool
     ) -> list[Claim]:
-        claims: list[Claim] = []
+        record = self.records.record
+        columns = (self.records.key, record.task_id, record.status, record.event_count, record.claims, record.due_at)
         # One class of records may run several tasks: another's run must not be looked for among this one's.
         ours = (self.records.key.in_(keys), *self.records.criteria())
-        for record in session.scalars(self._records().where(*ours)).all():
-            if record.status not in statuses:
-                continue  # a report has come since it was claimed: there is nothing to be done about it any more
-            claim = Claim(
-                key=getattr(record, self.records.key.key),
-                task_id=record.task_id,
-                status=RecordStatus(record.status),
-                events=record.event_count,
-                claims=record.claims,
-                due_at=record.due_at,
-            )
-            claims.append(self._with_params(session, record, claim) if with_params else claim)
-        return claims
+        claims = [
+            Claim(key, task_id, RecordStatus(status), *rest)
+            for key, task_id, status, *rest in session.execute(select(*columns).where(*ours).order_by(self.records.key))
+            if status in statuses  # else a report has come since it was claimed: there is nothing to be done any more
+        ]
+        if not with_params:
+            return claims
+        loaded = self._loaded(session, [claim.key for claim in claims])
+        return [self._with_params(session, loaded[claim.key], claim) for claim in claims if claim.key in loaded]
+
+    def _loaded(self, session: Session, keys: Sequence[Any]) -> dict[Any, Any]:
+        """Records by their keys. One that cannot be loaded is in no other's way: of it, there is the error."""
+        try:
+            found = session.scalars(self._records().where(self.records.key.in_(keys))).all()
+        except DBAPIError:
+            raise
+        except Exception as error:  # a column's type can make nothing of what the row has
+            if len(keys) == 1:
+                return {keys[0]: error}
+            return {key: one for single in keys for key, one in self._loaded(session, [single]).items()}
+        return {getattr(one, self.records.key.key): one for one in found}
 
     def _with_params(self, session: Session, record: Any, claim: Claim) -> Claim:
         if claim.claims > MAX_CLAIMS:
             return replace(claim, fault=f"it was claimed {claim.claims - 1} times, and never released")
+        if isinstance(record, Exception):
+            return replace(claim, fault=f"it cannot be loaded: {type(record).__name__}: {record}")
         try:
             with session.no_autoflush:
                 return replace(claim, params=self.records.params(record))
@@ -254,11 +266,24 @@ class RecordStore:
         Returns:
             The claims of records that were deleted or given up while their tasks were started.
         """
-        by_key = {settled.claim.key: settled for settled in outcomes}
-        return await self.database.run(lambda session: self._settle(session, by_key)) if by_key else []
-
-    def _settle(self, session: Session, by_key: dict[Any, Settled]) -> list[Claim]:
+        if not outcomes:
+            return []
+        try:
+            return await self.database.run(lambda session: self._settle(session, outcomes))
+        except Exception as error:
+            if len(outcomes) == 1 or is_outage(error):
+                raise
         unwanted: list[Claim] = []
+        for one in outcomes:  # with something in it that is not to be written, which must not hold the others
+            try:
+                unwanted += await self.settle([one])
+            except Exception:
+                logger.exception("The record of task %s cannot be written; it is claimed again", one.claim.task_id)
+        return unwanted
+
+    def _settle(self, session: Session, outcomes: Sequence[Settled]) -> list[Claim]:
+        unwanted: list[Claim] = []
+        by_key = {settled.claim.key: settled for settled in outcomes}
         found = {getattr(one, self.records.key.key): one for one in self._locked(session, self.records.key.in_(by_key))}
         for key, settled in by_key.items():
             claim, record = settled.claim, found.get(key)
@@ -358,8 +383,14 @@ class RecordStore:
         record = self.records.record
         if session.get_bind(record).dialect.name == "sqlite":
             self._begin_writing(session, criterion)
-        query = self._records().where(criterion).with_for_update(of=record)
-        return session.scalars(query.execution_options(populate_existing=True)).all()
+        query = self._records().where(criterion).with_for_update(of=record).execution_options(populate_existing=True)
+        try:
+            return session.scalars(query).all()
+        except DBAPIError:
+            raise
+        except Exception:  # a column of the application's cannot be loaded; it is not needed here
+            own = load_only(*(getattr(record, name) for name in RECORD_COLUMNS))
+            return session.scalars(query.options(own)).all()
 
     def _records(self) -> Any:
         """Of one table: what a class loads with its records by a join is neither wanted here nor can be locked."""
