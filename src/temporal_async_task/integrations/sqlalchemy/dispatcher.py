@@ -28,15 +28,9 @@ from temporal_async_task.errors import (
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
 from temporal_async_task.integrations.reports import utc_now
 from temporal_async_task.integrations.sqlalchemy.backlog import backlog
+from temporal_async_task.integrations.sqlalchemy.claims import TO_CHECK, TO_START, Claim
 from temporal_async_task.integrations.sqlalchemy.sessions import Database, Sessions
-from temporal_async_task.integrations.sqlalchemy.store import (
-    ENDED_BY_HAND,
-    TO_CHECK,
-    TO_START,
-    Claim,
-    RecordStore,
-    Settled,
-)
+from temporal_async_task.integrations.sqlalchemy.store import ENDED_BY_HAND, RecordStore, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
