@@ -164,9 +164,13 @@ class Records:
         async with self.sessions.begin() as session:
             how(await session.get_one(Call, call_id))
 
-    async def delete(self, call_id: int) -> None:
+    async def leave(self, call_id: int, how: str) -> None:
         async with self.sessions.begin() as session:
-            await session.delete(await session.get_one(Call, call_id))
+            call = await session.get_one(Call, call_id)
+            if how == "deleted":
+                await session.delete(call)
+            else:
+                call.give_up()
 
     async def get(self, call_id: int = 1) -> Call:
         async with self.sessions() as session:
@@ -1018,6 +1022,7 @@ async def test_a_record_that_failed_for_good_between_claim_and_question_is_not_t
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have records of a batch wait for each other, as behind a server that is slow."""
     monkeypatch.setattr(dispatching, "_CONCURRENCY", 1)
+    monkeypatch.setattr(dispatching, "_FRESH", 0)
 
 
 def on_submit(
@@ -1036,12 +1041,13 @@ def on_submit(
     return submitted
 
 
-async def test_a_record_that_is_deleted_before_its_turn_is_not_started(
-    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None
+@pytest.mark.parametrize("how", ["deleted", "given up"])
+async def test_a_record_that_is_deleted_or_given_up_before_its_turn_is_not_started(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None, how: str
 ):
     integration = records.integration(component := records.app.component(), records.mapping(vendor.task()))
     component.register_all(tasks := integration.create_async_tasks())
-    submitted = on_submit(tasks[0], monkeypatch, lambda _: records.delete(2))
+    submitted = on_submit(tasks[0], monkeypatch, lambda _: records.leave(2, how))
     await records.add(1, 2)
     await integration.dispatcher.sweep()
     assert submitted == ["p1"]
@@ -1060,8 +1066,7 @@ async def test_a_record_that_is_deleted_or_given_up_as_it_is_started_has_its_run
         component := records.app.component(), records.mapping(TemporalAsyncTask("wait", wait, heartbeat_timeout=2))
     )
     component.register_all(tasks := integration.create_async_tasks())
-    leave = (lambda _: records.delete(1)) if how == "deleted" else (lambda _: records.change(1, Call.give_up))
-    on_submit(tasks[0], monkeypatch, leave)
+    on_submit(tasks[0], monkeypatch, lambda _: records.leave(1, how))
     task_id = f"unwanted-{records.app.queue}"
     await records.add(1, task_id=task_id)
     await integration.dispatcher.sweep()

@@ -51,6 +51,8 @@ _ENDING = (0.05, 0.1, 0.2, 0.4)
 TROUBLE_DELAY = timedelta(seconds=30)
 """Before a record is tried again that neither was submitted nor is unfit for it."""
 _CONCURRENCY = 20
+_FRESH = 0.5
+"""Seconds for which a claimed record is taken for what it was. If it has its turn later, it is looked at again."""
 _STOP_TIMEOUT = 15.0  # seconds; a submit to a server that is gone takes 10
 _UNFIT = (ParamsError, PayloadTooLargeError, TaskConflictError, InvalidKeyError)
 
@@ -206,9 +208,9 @@ class Dispatcher:
         if room <= 0:
             return False
         limit = min(room, self._batch)
-        until = time.monotonic() + self._lease.total_seconds()
+        claimed_at = time.monotonic()
         claims = await store.claim(TO_START, limit, self._lease, max_waiting=records.max_backlog)
-        outcomes = await _each(claims, lambda claim: self._submit(store, claim, until))
+        outcomes = await _each(claims, lambda claim: self._submit(store, claim, claimed_at))
         for claim in await store.settle(outcomes):
             await _withdraw(records.task, claim)
         for outcome in outcomes:
@@ -216,10 +218,11 @@ class Dispatcher:
                 raise outcome.trouble
         return bool(claims)
 
-    async def _submit(self, store: RecordStore, claim: Claim, until: float) -> Settled:
+    async def _submit(self, store: RecordStore, claim: Claim, claimed_at: float) -> Settled:
         task = store.records.task
         try:
-            if time.monotonic() > until or not await store.holds(claim):
+            age = time.monotonic() - claimed_at
+            if age > self._lease.total_seconds() or (age > _FRESH and not await store.holds(claim)):
                 return Settled(claim)
             if claim.may_resume and (event := await _resume(store, claim)):  # which takes no params
                 return Settled(claim, event)
