@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +14,7 @@ import httpx
 import pytest
 from asyncpg.exceptions import CannotConnectNowError
 from fastapi import FastAPI, HTTPException
-from sqlalchemy import ForeignKey, UniqueConstraint, create_engine, event, insert, select, text
+from sqlalchemy import ForeignKey, String, TypeDecorator, UniqueConstraint, create_engine, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -30,6 +30,7 @@ from temporal_async_task import (
     TaskConflictError,
     TaskNotFoundError,
     TaskNotRegisteredError,
+    TaskResult,
     TaskStatus,
     TemporalAsyncTask,
     step,
@@ -38,6 +39,7 @@ from temporal_async_task.devserver import DevServer
 from temporal_async_task.integrations.base import AggregatedIntegration
 from temporal_async_task.integrations.callbacks import SIGNATURE_HEADER, Callback, sign
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus, state_after
+from temporal_async_task.integrations.reported import report_external_id
 from temporal_async_task.integrations.reports import Report, ReportedEvent, utc_now
 from temporal_async_task.integrations.sqlalchemy import (
     APICallMixin,
@@ -47,6 +49,7 @@ from temporal_async_task.integrations.sqlalchemy import (
     RecordIntegration,
     RecordTask,
 )
+from temporal_async_task.integrations.sqlalchemy import dispatcher as dispatching
 from temporal_async_task.integrations.sqlalchemy.mixins import state_of
 from temporal_async_task.integrations.sqlalchemy.sessions import Database
 from temporal_async_task.integrations.sqlalchemy.store import TO_CHECK, TO_START, RecordStore, Settled
@@ -96,6 +99,24 @@ class Album(APICallMixin, Base):
     pages: Mapped[list[Page]] = relationship(lazy="joined")
 
 
+class Sealed(TypeDecorator[str]):
+    """A text that only those who have the key can read."""
+
+    impl = String
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, _: Any) -> str | None:
+        if value == "bad":
+            raise ValueError("no key for it")
+        return value
+
+
+class Letter(APICallMixin, Base):
+    __tablename__ = "letters"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    words: Mapped[str] = mapped_column(Sealed)
+
+
 @pytest.fixture
 async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     engine = make_engine(database_url, poolclass=NullPool)
@@ -128,6 +149,28 @@ class Records:
     async def add(self, *ids: int, **values: Any) -> None:
         async with self.sessions.begin() as session:
             session.add_all([Call(**({"id": one, "prompt": f"p{one}"} | values)) for one in ids])
+
+    async def add_failed(self, *reported: RecordStatus | tuple[RecordStatus, dict[str, Any]]) -> str:
+        """A record that is due for another try, after the one whose run has told this. Returns the run's id."""
+        task_id = f"failed-{self.app.queue}"
+        async with self.sessions.begin() as session:
+            session.add(Call(id=1, prompt="p1", task_id=task_id))
+        report = Report(task="draw", task_id=task_id, generation=1, events=events(*reported))
+        await self.store(self.mapping(TemporalAsyncTask("draw", lambda prompt: prompt))).apply(report)
+        await self.change(1, Call.try_again)
+        return task_id
+
+    async def change(self, call_id: int, how: Callable[[Call], None]) -> None:
+        async with self.sessions.begin() as session:
+            how(await session.get_one(Call, call_id))
+
+    async def leave(self, call_id: int, how: str) -> None:
+        async with self.sessions.begin() as session:
+            call = await session.get_one(Call, call_id)
+            if how == "deleted":
+                await session.delete(call)
+            else:
+                call.give_up()
 
     async def get(self, call_id: int = 1) -> Call:
         async with self.sessions() as session:
@@ -515,6 +558,46 @@ async def test_a_result_that_json_has_no_word_for_is_kept_without_it(records: Re
     assert call.response == {"sizes": [None, None, 1.5], "name": "a\\x00b"}
 
 
+async def test_a_record_that_cannot_be_loaded_fails_with_the_reason_and_blocks_no_others(
+    records: Records, vendor: Vendor
+):
+    component = records.app.component()
+    letters = RecordTask(record=Letter, event=CallEvent, task=vendor.task(), params=lambda letter: letter.words)
+    integration = records.integration(component, letters)
+    component.register_all(integration.create_async_tasks())
+    async with records.sessions.begin() as session:
+        session.add_all([Letter(id=number, words=words) for number, words in enumerate(["a", "bad", "b"], 1)])
+    await integration.dispatcher.sweep()
+    async with records.sessions() as session:
+        query = select(Letter.status, Letter.error, Letter.due_at.is_(None)).order_by(Letter.id)
+        queued, bad, *others = [tuple(row) for row in await session.execute(query)]
+    assert queued == ("queued", None, False)
+    assert others == [queued]
+    assert bad == ("failed", "RecordError: it cannot be loaded: ValueError: no key for it", True)
+
+
+async def test_a_record_that_cannot_be_written_blocks_no_others(
+    records: Records, vendor: Vendor, caplog: pytest.LogCaptureFixture
+):
+    def refuse(_: Any, __: Any, call: Call) -> None:
+        if call.id == 2:
+            raise ValueError("not this one")
+
+    component = records.app.component()
+    integration = records.integration(component, records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, 2, 3)
+    event.listen(Call, "before_update", refuse)
+    try:
+        await integration.dispatcher.sweep()
+    finally:
+        event.remove(Call, "before_update", refuse)
+    assert [(await records.get(one)).status for one in (1, 2, 3)] == ["queued", "pending", "queued"]
+    [logged] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "cannot be written" in logged.getMessage()
+    assert "not this one" in str(logged.exc_info)
+
+
 def records_of(call: Call) -> Any:
     from sqlalchemy.orm import object_session  # noqa: PLC0415
 
@@ -562,6 +645,33 @@ async def test_a_failed_run_is_resumed_from_its_last_finished_step(records: Reco
         "error_type": "StepFailedError",
         "retryable": True,
     }
+
+
+async def test_a_failed_run_is_resumed_though_its_params_could_not_be_made_again(records: Records, vendor: Vendor):
+    """It has them already, and was paid for."""
+    uploads = [ConnectionError("no bucket")]
+
+    def upload(_: str) -> str:
+        if uploads:
+            raise uploads.pop()
+        return "stored"
+
+    async def draw(prompt: str) -> str:
+        return await step("upload", upload, await step("generate", vendor.generate, prompt))
+
+    def params(call: Call) -> str:
+        if call.attempts:
+            raise KeyError("the customer's address was deleted")
+        return call.prompt
+
+    component = records.app.component()
+    task = TemporalAsyncTask("draw", draw, retry_policy=NO_RETRY)
+    integration = records.integration(component, records.mapping(task, params=params))
+    component.register_all(integration.create_async_tasks())
+    await records.add(1)
+    async with component, integration.dispatcher:
+        call = await records.becomes("completed")
+    assert (call.response, call.attempts, vendor.calls) == ("stored", 2, ["p1"])
 
 
 async def test_a_record_is_tried_so_often_and_no_more_until_somebody_asks(records: Records, vendor: Vendor):
@@ -627,6 +737,63 @@ async def test_a_cancelled_run_is_told_and_not_tried_again(records: Records, ven
     assert await records.told() == ["queued", "processing", "failed"]
 
 
+async def test_a_run_that_was_cancelled_after_it_had_told_of_its_failure_is_left_to_a_person(
+    records: Records, vendor: Vendor
+):
+    """Its record waits for another try."""
+
+    async def wait(prompt: str) -> None:
+        vendor.calls.append(prompt)
+        await asyncio.sleep(600)
+
+    task = TemporalAsyncTask("draw", wait, heartbeat_timeout=2)
+    dispatcher = Dispatcher(component := records.app.component(task), records.sessions, records.mapping(task))
+    task_id = await records.add_failed(PROCESSING, UNAVAILABLE)
+    async with component:
+        await task.submit("p1", task_id=task_id)
+        await wait_until(lambda: vendor.calls, timeout=20)
+        await task.cancel(task_id, "the customer left")
+        await wait_until(lambda: ended(task, task_id), timeout=20)
+        await dispatcher.sweep()
+        call = await records.get()
+        assert (call.status, call.error, call.due_at) == ("failed", "the customer left", None)
+        assert await records.told() == ["queued", "processing", "failed", "failed"]
+        await records.change(1, Call.try_again)
+        await dispatcher.sweep()
+        assert (await records.get()).status == "queued"
+        await wait_until(lambda: len(vendor.calls) == 2, timeout=20)
+
+
+async def test_a_record_that_is_given_up_is_not_started(records: Records, vendor: Vendor):
+    """Nor does it count as one that is just being started."""
+    integration = records.integration(
+        component := records.app.component(), records.mapping(vendor.task(), max_backlog=1)
+    )
+    component.register_all(integration.create_async_tasks())
+    await records.add(1, claims=1)
+    await records.change(1, Call.give_up)
+    await records.add(2)
+    await integration.dispatcher.sweep()
+    assert [(await records.get(one)).status for one in (1, 2)] == ["pending", "queued"]
+
+
+async def test_a_failed_record_that_is_given_up_is_tried_again_only_if_somebody_asks(records: Records, vendor: Vendor):
+    integration = records.integration(component := records.app.component(), records.mapping(vendor.task()))
+    component.register_all(integration.create_async_tasks())
+    await records.add_failed(PROCESSING, UNAVAILABLE)
+    await records.change(1, Call.give_up)
+    await integration.dispatcher.sweep()
+    assert await records.told() == ["queued", "processing", "failed"]
+    await records.change(1, Call.try_again)
+    await integration.dispatcher.sweep()
+    assert await records.told() == ["queued", "processing", "failed", "queued"]
+
+
+async def ended(task: TemporalAsyncTask[Any, Any], task_id: Any) -> TaskResult[Any] | None:
+    run = await task.get_status(task_id)
+    return run if run.completed_at else None
+
+
 async def is_failed(task: TemporalAsyncTask[Any, Any], task_id: Any) -> bool:
     return (await task.get_status(task_id)).status is TaskStatus.FAILED
 
@@ -659,6 +826,24 @@ async def test_a_run_that_the_server_has_forgotten_is_submitted_again(records: R
     async with component, integration.dispatcher:
         await records.becomes("completed")
     assert await records.told() == ["queued", "failed", "queued", "processing", "completed"]
+
+
+async def test_a_run_that_takes_the_place_of_a_forgotten_one_is_heard(records: Records, vendor: Vendor):
+    """It tells its events from the first on, as the forgotten one had done."""
+    component = records.app.component()
+
+    async def draw(prompt: str) -> str:
+        report_external_id("B")
+        return await step("generate", vendor.generate, prompt)
+
+    integration = records.integration(component, records.mapping(TemporalAsyncTask("draw", draw)))
+    component.register_all(integration.create_async_tasks())
+    await records.add_failed((PROCESSING, {"external_id": "A"}), UNAVAILABLE)
+    async with component, integration.dispatcher:
+        call = await records.becomes("completed")
+    assert (call.external_id, call.attempts, call.generation) == ("B", 2, 1)
+    assert (await records.told())[:4] == ["queued", "processing", "failed", "queued"]
+    assert vendor.calls == ["p1"]
 
 
 async def test_asking_about_a_record_brings_it_up_to_date(records: Records, vendor: Vendor):
@@ -833,6 +1018,97 @@ async def test_a_record_that_failed_for_good_between_claim_and_question_is_not_t
     assert (await records.get()).due_at is None
 
 
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have records of a batch wait for each other, as behind a server that is slow."""
+    monkeypatch.setattr(dispatching, "_CONCURRENCY", 1)
+    monkeypatch.setattr(dispatching, "_FRESH", 0)
+
+
+def on_submit(
+    task: TemporalAsyncTask[Any, Any], monkeypatch: pytest.MonkeyPatch, do: Callable[[str], Awaitable[object]]
+) -> list[str]:
+    """Have something happen when a task was submitted and its record is not settled. Returns the submitted params."""
+    submit, submitted = task.submit, list[str]()
+
+    async def submit_and_do(params: str, **options: Any) -> str:
+        task_id = await submit(params, **options)
+        submitted.append(params)
+        await do(params)
+        return task_id
+
+    monkeypatch.setattr(task, "submit", submit_and_do)
+    return submitted
+
+
+@pytest.mark.parametrize("how", ["deleted", "given up"])
+async def test_a_record_that_is_deleted_or_given_up_before_its_turn_is_not_started(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None, how: str
+):
+    integration = records.integration(component := records.app.component(), records.mapping(vendor.task()))
+    component.register_all(tasks := integration.create_async_tasks())
+    submitted = on_submit(tasks[0], monkeypatch, lambda _: records.leave(2, how))
+    await records.add(1, 2)
+    await integration.dispatcher.sweep()
+    assert submitted == ["p1"]
+
+
+@pytest.mark.parametrize("how", ["deleted", "given up"])
+async def test_a_record_that_is_deleted_or_given_up_as_it_is_started_has_its_run_cancelled(
+    records: Records, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    """Whoever does it may have tried to, when there was no run yet."""
+
+    async def wait(_: str) -> None:
+        await asyncio.sleep(600)
+
+    integration = records.integration(
+        component := records.app.component(), records.mapping(TemporalAsyncTask("wait", wait, heartbeat_timeout=2))
+    )
+    component.register_all(tasks := integration.create_async_tasks())
+    on_submit(tasks[0], monkeypatch, lambda _: records.leave(1, how))
+    task_id = f"unwanted-{records.app.queue}"
+    await records.add(1, task_id=task_id)
+    await integration.dispatcher.sweep()
+    async with component:
+        run = await wait_until(lambda: ended(tasks[0], task_id), timeout=20)
+    assert (run.error_type, run.error) == ("TaskCancelledError", "its record was deleted or given up")
+
+
+async def test_a_record_whose_claim_has_run_out_before_its_turn_waits_for_the_next(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None
+):
+    integration = records.integration(
+        component := records.app.component(), records.mapping(vendor.task()), lease=(lease := 2.0)
+    )
+    component.register_all(tasks := integration.create_async_tasks())
+    submitted = on_submit(tasks[0], monkeypatch, lambda _: asyncio.sleep(lease))
+    await records.add(1, 2)
+    await integration.dispatcher.sweep()
+    assert (submitted, (await records.get(2)).claims) == (["p1"], 0)
+    await integration.dispatcher.sweep()
+    assert submitted == ["p1", "p2"]
+
+
+async def test_a_record_that_another_has_claimed_before_its_turn_is_left_to_it(
+    records: Records, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None
+):
+    integration = records.integration(component := records.app.component(), records.mapping(vendor.task()), lease=60)
+    component.register_all(tasks := integration.create_async_tasks())
+    store = records.store(integration.records[0])
+
+    async def claim(_: str) -> None:
+        async with records.sessions.begin() as session:
+            (await session.get_one(Call, 2)).due_at = utc_now()  # a clock that is ahead
+        assert [one.key for one in await store.claim(TO_START, 5, timedelta(seconds=600))] == [2]
+
+    submitted = on_submit(tasks[0], monkeypatch, claim)
+    await records.add(1, 2)
+    await integration.dispatcher.sweep()
+    assert submitted == ["p1"]
+    assert (await records.get(2)).due_at > utc_now() + timedelta(seconds=300)
+
+
 async def test_a_record_that_takes_its_dispatcher_down_each_time_is_given_up(records: Records, vendor: Vendor):
     component = records.app.component()
     integration = records.integration(component, records.mapping(vendor.task()))
@@ -905,6 +1181,7 @@ PROCESSING, COMPLETED, FAILED = RecordStatus.PROCESSING, RecordStatus.COMPLETED,
 KNOWN = (PROCESSING, {"external_id": "job-1"})
 DONE = (COMPLETED, {"result": {"url": "x"}})
 BROKEN = (FAILED, {"error": "503", "error_type": "E", "retryable": False})
+UNAVAILABLE = (FAILED, {"error": "503", "error_type": "E", "retryable": True})
 
 
 @pytest.mark.parametrize("autoflush", [True, False])

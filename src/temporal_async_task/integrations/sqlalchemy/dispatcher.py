@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -27,14 +28,9 @@ from temporal_async_task.errors import (
 from temporal_async_task.integrations.lifecycle import Event, RecordStatus
 from temporal_async_task.integrations.reports import utc_now
 from temporal_async_task.integrations.sqlalchemy.backlog import backlog
+from temporal_async_task.integrations.sqlalchemy.claims import TO_CHECK, TO_START, Claim
 from temporal_async_task.integrations.sqlalchemy.sessions import Database, Sessions
-from temporal_async_task.integrations.sqlalchemy.store import (
-    TO_CHECK,
-    TO_START,
-    Claim,
-    RecordStore,
-    Settled,
-)
+from temporal_async_task.integrations.sqlalchemy.store import ENDED_BY_HAND, RecordStore, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -55,6 +51,8 @@ _ENDING = (0.05, 0.1, 0.2, 0.4)
 TROUBLE_DELAY = timedelta(seconds=30)
 """Before a record is tried again that neither was submitted nor is unfit for it."""
 _CONCURRENCY = 20
+_FRESH = 0.5
+"""Seconds for which a claimed record is taken for what it was. If it has its turn later, it is looked at again."""
 _STOP_TIMEOUT = 15.0  # seconds; a submit to a server that is gone takes 10
 _UNFIT = (ParamsError, PayloadTooLargeError, TaskConflictError, InvalidKeyError)
 
@@ -210,21 +208,29 @@ class Dispatcher:
         if room <= 0:
             return False
         limit = min(room, self._batch)
+        claimed_at = time.monotonic()
         claims = await store.claim(TO_START, limit, self._lease, max_waiting=records.max_backlog)
-        outcomes = await _each(claims, lambda claim: self._submit(store, claim))
-        await store.settle(outcomes)
+        outcomes = await _each(claims, lambda claim: self._submit(store, claim, claimed_at))
+        for claim in await store.settle(outcomes):
+            await _withdraw(records.task, claim)
         for outcome in outcomes:
             if outcome.trouble is not None:
                 raise outcome.trouble
         return bool(claims)
 
-    async def _submit(self, store: RecordStore, claim: Claim) -> Settled:
+    async def _submit(self, store: RecordStore, claim: Claim, claimed_at: float) -> Settled:
         task = store.records.task
-        if claim.fault is not None:
-            return _refused(claim, "RecordError", claim.fault)
         try:
-            if claim.status is not RecordStatus.FAILED or not await _resumed(task, claim.task_id):
-                await task.submit(claim.params, task_id=claim.task_id)
+            age = time.monotonic() - claimed_at
+            if age > self._lease.total_seconds() or (age > _FRESH and not await store.holds(claim)):
+                return Settled(claim)
+            if claim.may_resume and (event := await _resume(store, claim)):  # which takes no params
+                return Settled(claim, event)
+            if claim.fault is not None:
+                return _refused(claim, "RecordError", claim.fault)
+            if claim.status is RecordStatus.FAILED and not await store.begin_anew(claim):
+                return Settled(claim)
+            await task.submit(claim.params, task_id=claim.task_id)
         except _UNFIT as error:
             return _refused(claim, type(error).__name__, str(error))
         except ServerUnavailableError as error:
@@ -252,26 +258,43 @@ async def _ask(store: RecordStore, claim: Claim) -> bool:
     return await store.note(claim, run)
 
 
-async def _resumed(task: Any, task_id: str) -> bool:
-    """Have a failed run go on from its last finished step. False if there is no such run."""
+async def _resume(store: RecordStore, claim: Claim) -> Event | None:
+    """Have a failed run go on from its last finished step. None: there is no such run."""
+    task = store.records.task
     for pause in (*_ENDING, None):
         try:
-            await task.resume(task_id)
+            run = await task.get_status(claim.task_id)
+            if run.error_type in ENDED_BY_HAND and run.error_type != await store.last_error_type(claim):
+                # It had failed before, and is not to go on by itself. Once the record tells so, a person may have it.
+                return _failed(run.error_type, run.error or "")
+            await task.resume(claim.task_id)
         except TaskNotFoundError:
-            return False
+            return None
         except TaskConflictError:
             if pause is not None:
                 await asyncio.sleep(pause)
                 continue
             # It goes on already, or has completed: the record will be told.
         break
-    return True
+    return Event(RecordStatus.QUEUED, utc_now())
+
+
+async def _withdraw(task: Any, claim: Claim) -> None:
+    """Cancel a run that was started while its record was deleted or given up: whoever did it could not."""
+    try:
+        await task.cancel(claim.task_id, "its record was deleted or given up")
+    except Exception as error:
+        logger.warning("Task run %s, which nobody wants any more, goes on: %s", claim.task_id, error)
 
 
 def _refused(claim: Claim, error_type: str, error: str) -> Settled:
     """A record that cannot be submitted fails, and is in nobody's way."""
-    payload = {"error": in_words(error_type, error)[:4000], "error_type": error_type, "retryable": False}
-    return Settled(claim, Event(RecordStatus.FAILED, utc_now(), payload))
+    return Settled(claim, _failed(error_type, in_words(error_type, error)[:4000]))
+
+
+def _failed(error_type: str, error: str) -> Event:
+    payload = {"error": error, "error_type": error_type, "retryable": False}
+    return Event(RecordStatus.FAILED, utc_now(), payload)
 
 
 async def _each(claims: Sequence[Claim], work: Callable[[Claim], Awaitable[T]]) -> list[T]:

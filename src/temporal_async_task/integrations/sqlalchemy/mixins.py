@@ -77,6 +77,14 @@ class APICallMixin:
         if self.status == RecordStatus.FAILED:
             self.due_at, self.claims = utc_now(), 0
 
+    def give_up(self) -> None:
+        """Have a pending record not started, or a failed one not tried again by itself; on commit.
+
+        A run that goes on, goes on: cancel it, once this is committed.
+        """
+        if self.status in {RecordStatus.PENDING, RecordStatus.FAILED}:
+            self.due_at = None
+
 
 @event.listens_for(APICallMixin, "after_mapper_constructed", propagate=True)
 def _add_indexes(mapper: Mapper[Any], _: type[Any]) -> None:

@@ -8,6 +8,8 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
@@ -124,6 +126,11 @@ async def _tried(transaction: Callable[[], Awaitable[T]]) -> T:
             if tried == _TRIES or time.monotonic() > give_up_at or not _was_undone(error):
                 raise
         await asyncio.sleep(random.uniform(0, 0.05 * 2**tried))  # noqa: S311 - so that two do not meet again
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the database is away or busy, whatever was to be written."""
+    return isinstance(error, OperationalError | InterfaceError | PoolTimeout | OSError) or _was_undone(error)
 
 
 def _was_undone(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Records in the database: claimed, brought from one state to the next, with an event for each change.
+"""Records in the database, brought from one state to the next, with an event for each change.
 
 Each method is one transaction. All changes of a record's state go through ``_apply``, with the record locked.
 """
@@ -9,57 +9,30 @@ import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
-from uuid import uuid4
 
-from sqlalchemy import false, func, inspect, or_, select, update
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import lazyload
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import load_only
 
 from temporal_async_task.errors import ReportRefusedError, TaskNotFoundError
 from temporal_async_task.integrations.lifecycle import NOT_AGAIN, Event, RecordStatus
 from temporal_async_task.integrations.reports import Report, ReportedEvent, as_json, storable, utc_now
-from temporal_async_task.integrations.sqlalchemy.mixins import STATE_COLUMNS, state_of
+from temporal_async_task.integrations.sqlalchemy.claims import TO_CHECK, TO_START, Claim, RecordClaims
+from temporal_async_task.integrations.sqlalchemy.mixins import RECORD_COLUMNS, STATE_COLUMNS, state_of
+from temporal_async_task.integrations.sqlalchemy.sessions import is_outage
 from temporal_async_task.status import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
-    from sqlalchemy.orm import Mapper, Session
-
-    from temporal_async_task.integrations.sqlalchemy.mapping import RecordTask
-    from temporal_async_task.integrations.sqlalchemy.sessions import Database
+    from sqlalchemy.orm import Session
 
 logger = logging.getLogger("temporal_async_task")
 
-TO_START = (RecordStatus.PENDING, RecordStatus.FAILED)
-TO_CHECK = (RecordStatus.QUEUED, RecordStatus.PROCESSING)
 _ENDS = (RecordStatus.COMPLETED, RecordStatus.FAILED)
-MAX_CLAIMS = 10
-"""Claims in a row that may end with the process that made them: a record must not kill all dispatchers for ever."""
-_NOT_AGAIN = NOT_AGAIN | {
-    "TaskCancelledError",
-    "TerminatedError",
-    "NonRetryableError",
-    "ResultError",
-    "PayloadTooLargeError",
-}
+ENDED_BY_HAND = frozenset({"TaskCancelledError", "TerminatedError"})
+_NOT_AGAIN = NOT_AGAIN | ENDED_BY_HAND | {"NonRetryableError", "ResultError", "PayloadTooLargeError"}
 """Types of errors, as a status shows them, after which a record is left to a person."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A record that this process may work on until the claim runs out."""
-
-    key: Any
-    task_id: str
-    status: RecordStatus
-    events: int
-    """How many events the record had: if it has more by now, the claim is worth nothing."""
-    claims: int
-    """How often it was claimed in a row, this time included."""
-    params: Any = None
-    fault: str | None = None
-    """Why its params could not be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,162 +48,75 @@ class Settled:
     after: timedelta = timedelta(0)
     """... and is due again after this."""
 
-
-class RecordStore:
-    """The records of one ``RecordTask`` in one database."""
-
-    def __init__(self, records: RecordTask[Any], database: Database) -> None:
-        self.records = records
-        self.database = database
-
-    # Claiming
-
-    async def claim(
-        self, statuses: Collection[RecordStatus], limit: int, lease: timedelta, *, max_waiting: int | None = None
-    ) -> list[Claim]:
-        """Claim records that are due, each for this caller only, for as long as the lease.
-
-        A claim holds no lock. Whoever made it may die: when it has run out, the record is due again.
-
-        Args:
-            statuses: Only records with one of these.
-            limit: How many at most.
-            lease: How long the claims hold.
-            max_waiting: How many there may be, with these, that were started and have not begun. Claims with this
-                limit are made one after the other, by whichever process, so that together they keep it.
-        """
-        keys = await self.database.run(lambda session: self._claim(session, statuses, limit, lease, max_waiting))
-        if not keys:
-            return []
-        with_params = RecordStatus.PENDING in statuses
-        return await self.database.read(lambda session: self._claimed(session, keys, statuses, with_params=with_params))
-
-    def _claim(
-        self,
-        session: Session,
-        statuses: Collection[RecordStatus],
-        limit: int,
-        lease: timedelta,
-        max_waiting: int | None,
-    ) -> list[Any]:
-        record = self.records.record
-        if max_waiting is None:
-            return self._take(session, statuses, limit, lease)
-        self._take_turn(session)
-        room = max_waiting - self._waiting(session)
-        # Claims that have run out are made again first, and whatever the room: they count as waiting all along, since
-        # whoever made them may be slow, and start their records yet.
-        keys = self._take(session, statuses, limit, lease, record.claims > 0)
-        return keys + self._take(session, statuses, min(room, limit - len(keys)), lease, record.claims == 0)
-
-    def _take(
-        self, session: Session, statuses: Collection[RecordStatus], limit: int, lease: timedelta, *criteria: Any
-    ) -> list[Any]:
-        """Claim records with a status that are due, those first that have been due the longest. Returns their keys."""
-        if limit <= 0:
-            return []
-        record, key, now = self.records.record, self.records.key, utc_now()
-        due = (
-            select(key.label("key"))
-            .where(*self.records.criteria(), record.status.in_(statuses), record.due_at <= now, *criteria)
-            .order_by(record.due_at)
-            .limit(limit)
-            # PostgreSQL leaves out what another claims just now. SQLite has one writer at a time, and no such clause.
-            .with_for_update(skip_locked=True)
-            .cte("due")
-        )
-        claimed = cast("Any", update(record).where(key.in_(select(due.c.key))))
-        claimed = claimed.values(due_at=now + lease, claims=record.claims + 1).returning(key, record.task_id)
-        result = cast("Any", session.execute(claimed.execution_options(synchronize_session=False)))
-        rows: list[Any] = result.all()
-        for found, task_id in rows:
-            if task_id is None:  # inserted by something else than this mapping
-                session.execute(
-                    update(record)
-                    .where(key == found)
-                    .values(task_id=uuid4().hex)
-                    .execution_options(synchronize_session=False)
-                )
-        return [row[0] for row in rows]
-
-    def _take_turn(self, session: Session) -> None:
-        """Wait until no other transaction claims records of this class with a limit."""
-        record = self.records.record
-        if session.get_bind(record).dialect.name == "postgresql":
-            lock = select(func.pg_advisory_xact_lock(func.hashtext(f"async-task {self._table}")))
-            session.execute(lock, bind_arguments={"mapper": record})
-        else:
-            self._begin_writing(session, false())
-
-    def _waiting(self, session: Session) -> int:
-        """How many records were started and have not begun, or were claimed to be started and are not settled."""
-        record = self.records.record
-        being_started = record.status.in_(TO_START) & (record.claims > 0)
-        query = select(func.count()).where(
-            *self.records.criteria(), or_(record.status == RecordStatus.QUEUED, being_started)
-        )
-        return session.execute(query, bind_arguments={"mapper": record}).scalar_one()
-
-    def _begin_writing(self, session: Session, criterion: Any) -> None:
-        """Make this transaction the only one that writes: on SQLite, its first write does."""
-        record = self.records.record
-        nothing = update(record).where(criterion).values(event_count=record.event_count)
-        session.execute(nothing.execution_options(synchronize_session=False))
-
     @property
-    def _table(self) -> str:
-        mapper: Mapper[Any] = inspect(self.records.record)
-        return str(mapper.local_table)
+    def starts(self) -> bool:
+        """Whether its task was started, or resumed."""
+        return self.event is not None and self.event.type is RecordStatus.QUEUED
 
-    def _claimed(
-        self, session: Session, keys: Sequence[Any], statuses: Collection[RecordStatus], *, with_params: bool
-    ) -> list[Claim]:
-        claims: list[Claim] = []
-        # One class of records may run several tasks: another's run must not be looked for among this one's.
-        ours = (self.records.key.in_(keys), *self.records.criteria())
-        for record in session.scalars(self._records().where(*ours)).all():
-            if record.status not in statuses:
-                continue  # a report has come since it was claimed: there is nothing to be done about it any more
-            claim = Claim(
-                key=getattr(record, self.records.key.key),
-                task_id=record.task_id,
-                status=RecordStatus(record.status),
-                events=record.event_count,
-                claims=record.claims,
-            )
-            claims.append(self._with_params(session, record, claim) if with_params else claim)
-        return claims
 
-    def _with_params(self, session: Session, record: Any, claim: Claim) -> Claim:
-        if claim.claims > MAX_CLAIMS:
-            return replace(claim, fault=f"it was claimed {claim.claims - 1} times, and never released")
+class RecordStore(RecordClaims):
+    """The records of one ``RecordTask`` in one database: claimed, and brought from one state to the next."""
+
+    async def settle(self, outcomes: Sequence[Settled]) -> list[Claim]:
+        """Write what has come of claims, except where something else has happened to the record meanwhile.
+
+        Returns:
+            The claims of records that were deleted or given up while their tasks were started.
+        """
+        if not outcomes:
+            return []
         try:
-            with session.no_autoflush:
-                return replace(claim, params=self.records.params(record))
+            return await self.database.run(lambda session: self._settle(session, outcomes))
         except Exception as error:
-            if isinstance(error, SQLAlchemyError):
-                session.rollback()  # the transaction is of no use any more; the others are read again
-            return replace(claim, fault=f"params() failed: {type(error).__name__}: {error}")
+            if len(outcomes) == 1 or is_outage(error):
+                raise
+        unwanted: list[Claim] = []
+        for one in outcomes:  # with something in it that is not to be written, which must not hold the others
+            try:
+                unwanted += await self.settle([one])
+            except Exception:
+                logger.exception("The record of task %s cannot be written; it is claimed again", one.claim.task_id)
+        return unwanted
 
-    # Bringing records on
-
-    async def settle(self, outcomes: Sequence[Settled]) -> None:
-        """Write what has come of claims, except where something else has happened to the record meanwhile."""
+    def _settle(self, session: Session, outcomes: Sequence[Settled]) -> list[Claim]:
+        unwanted: list[Claim] = []
         by_key = {settled.claim.key: settled for settled in outcomes}
-        if by_key:
-            await self.database.run(lambda session: self._settle(session, by_key))
-
-    def _settle(self, session: Session, by_key: dict[Any, Settled]) -> None:
-        for record in self._locked(session, self.records.key.in_(by_key)):
-            settled = by_key[getattr(record, self.records.key.key)]
-            claim = settled.claim
+        found = {getattr(one, self.records.key.key): one for one in self._locked(session, self.records.key.in_(by_key))}
+        for key, settled in by_key.items():
+            claim, record = settled.claim, found.get(key)
             # By its task, too: SQLite gives the key of a record that was deleted to another.
-            if (record.task_id, record.event_count, record.status) != (claim.task_id, claim.events, claim.status):
+            if record is None or record.task_id != claim.task_id:
+                if settled.starts:
+                    unwanted.append(claim)
+            elif (record.event_count, record.status) != (claim.events, claim.status):
                 continue
-            if settled.event is None:
-                record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
-            else:
+            elif settled.event is not None:
+                if settled.starts and record.due_at is None:
+                    unwanted.append(claim)
                 self._apply(session, record, settled.event, retryable=settled.retryable)
+            elif record.due_at == claim.due_at:  # else it is another's by now
+                record.due_at, record.claims = utc_now() + settled.after, max(record.claims - 1, 0)
+        return unwanted
+
+    async def last_error_type(self, claim: Claim) -> str | None:
+        """Of the failure that the claimed record has learned of last."""
+        event = self.records.event
+        query = select(event.payload).where(event.task_id == claim.task_id, event.sequence == claim.events)
+        payload = await self.database.read(lambda session: session.scalars(query).one_or_none())
+        return None if payload is None else payload.get("error_type")
+
+    async def begin_anew(self, claim: Claim) -> bool:
+        """Expect the reports of another run, as of one that has told nothing: the server has forgotten the record's.
+
+        Returns:
+            False if something else has happened to the record since it was claimed.
+        """
+        record = self.records.record
+        unchanged = (record.task_id == claim.task_id, record.event_count == claim.events)
+        anew = cast("Any", update(record).where(self.records.key == claim.key, *unchanged))
+        anew = anew.values(generation=0, reported=0).returning(record.task_id)
+        anew = anew.execution_options(synchronize_session=False)
+        return bool(await self.database.run(lambda session: session.execute(anew).all()))
 
     async def apply(self, report: Report) -> int:
         """Apply what is new in a report. Applying it again changes nothing.
@@ -274,7 +160,7 @@ class RecordStore:
         state = state_of(record)
         if event.type == state.status and event.type in _ENDS:
             return  # the run was asked before it could tell
-        if state.can(RecordStatus.QUEUED) and event.type is not RecordStatus.QUEUED:
+        if state.status in TO_START:
             # It was started or resumed, and the process that did it has not written so, and may never do.
             self._apply(session, record, Event(RecordStatus.QUEUED, event.at, {"by": "report"}))
             state = state_of(record)
@@ -302,24 +188,19 @@ class RecordStore:
 
         return await self.database.run(write)
 
-    async def find(self, key: Any) -> Claim | None:
-        """A record as it stands, claimed by nobody."""
-        found = await self.database.read(
-            lambda session: self._claimed(session, [key], tuple(RecordStatus), with_params=False)
-        )
-        return found[0] if found else None
-
     def _locked(self, session: Session, criterion: Any) -> Sequence[Any]:
         """Records that nobody else changes before this transaction has ended."""
         record = self.records.record
         if session.get_bind(record).dialect.name == "sqlite":
             self._begin_writing(session, criterion)
-        query = self._records().where(criterion).with_for_update(of=record)
-        return session.scalars(query.execution_options(populate_existing=True)).all()
-
-    def _records(self) -> Any:
-        """Of one table: what a class loads with its records by a join is neither wanted here nor can be locked."""
-        return select(self.records.record).options(lazyload("*")).order_by(self.records.key)
+        query = self._records().where(criterion).with_for_update(of=record).execution_options(populate_existing=True)
+        try:
+            return session.scalars(query).all()
+        except DBAPIError:
+            raise
+        except Exception:  # a column of the application's cannot be loaded; it is not needed here
+            own = load_only(*(getattr(record, name) for name in RECORD_COLUMNS))
+            return session.scalars(query.options(own)).all()
 
     def _apply(self, session: Session, record: Any, event: Event, *, retryable: bool = False) -> None:
         """Write an event, and what follows from it."""
