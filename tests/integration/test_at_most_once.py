@@ -100,7 +100,7 @@ async def killed_in(what: str, app: App, log: CallLog) -> Story:
         task_id = await task.submit()
         assert await worker.exit_status(timeout=30) == -signal.SIGKILL
     await app.start(task)
-    run = await status_when(task, task_id, ended, timeout=30)
+    run = await status_when(task, task_id, ended, timeout=90)
     return Story([list(words) for words in log.lines()], run)
 
 

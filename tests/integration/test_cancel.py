@@ -922,7 +922,7 @@ class Gated:
 
     async def _wait(self) -> None:
         self.calls.append("work")
-        await wait_until(lambda: self.is_open, timeout=30)
+        await wait_until(lambda: self.is_open, timeout=90)
 
 
 @pytest.fixture
@@ -1045,12 +1045,12 @@ async def killed_in_its_cleanup(app: App, log: CallLog) -> Story:
     await app.connect(task)
     with WorkerProcess(__file__, app, CALLS=str(log.path)) as process:
         task_id = await task.submit()
-        await wait_until(lambda: ["work"] in log.lines(), timeout=30)
+        await wait_until(lambda: ["work"] in log.lines(), timeout=90)
         before = time.monotonic()
         await task.cancel(task_id, "why")
         assert await process.exit_status(timeout=20) == -signal.SIGKILL
     await app.start(task)
-    run = await status_when(task, task_id, ended, timeout=30)
+    run = await status_when(task, task_id, ended, timeout=90)
     return Story([line[0] for line in log.lines()], run, time.monotonic() - before)
 
 

@@ -54,7 +54,7 @@ async def test_a_parent_holds_no_slot_while_its_child_runs(app: App):
         return await step("child", child.run, n)
 
     await app.start(child, parent, max_concurrent_tasks=1)
-    results = await asyncio.gather(*(parent.run(n, timeout=40) for n in range(4)))
+    results = await asyncio.gather(*(parent.run(n, timeout=90) for n in range(4)))
     assert results == [0, 1, 2, 3]
 
 

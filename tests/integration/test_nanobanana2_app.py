@@ -69,7 +69,7 @@ class Shop:
             found.update(await asyncio.to_thread(self.call, call_id))
             return found["status"] == status
 
-        await wait_until(has_ended, timeout=40, interval=0.1)
+        await wait_until(has_ended, timeout=90, interval=0.1)
         return found
 
     def events(self, call_id: str) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ async def test_a_video_is_waited_for_and_its_record_knows_the_vendors_id_meanwhi
     async def vendors_id() -> Any:
         return (await asyncio.to_thread(shop.call, call_id))["external_id"]  # not on the loop that the worker is on
 
-    assert (await wait_until(vendors_id, timeout=30, interval=0.1)).startswith("cgt-")
+    assert (await wait_until(vendors_id, timeout=90, interval=0.1)).startswith("cgt-")
     call = shop.call(call_id)
     assert call["status"] == "processing", call["error"]
     shop.stub.finish_videos()

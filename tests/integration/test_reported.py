@@ -159,7 +159,7 @@ async def test_a_run_does_not_end_while_something_else_answers_for_the_applicati
     async with serving(front) as url:
         task = reported(draw, to=Callback(f"{url}/reports", "0123456789abcdef"))
         await app.start(task)
-        assert await task.result(await task.submit("cup"), timeout=20) == "cup"
+        assert await task.result(await task.submit("cup"), timeout=90) == "cup"
     assert pages == 2
     last = acknowledged[-1].events[-1]
     assert (last.type, last.payload) == ("completed", {"external_id": "CUP", "result": "cup"})
@@ -372,7 +372,7 @@ async def test_a_cancellation_does_not_wait_for_an_application_that_is_down(app:
     task_id = await task.submit()
     await status_when(task, task_id, lambda run: run.status is TaskStatus.PROCESSING)
     await task.cancel(task_id)
-    run = await status_when(task, task_id, ended, timeout=30)
+    run = await status_when(task, task_id, ended, timeout=90)
     assert run.error_type == "TaskCancelledError"
 
 
@@ -398,7 +398,7 @@ async def test_a_run_that_parks_often_tells_each_event_once(app: App, applicatio
 
     task = reported(draw, to=application)
     await app.start(task)
-    assert await task.run(timeout=40) == "done"
+    assert await task.run(timeout=90) == "done"
     assert [len(report.events) for report in application.reports] == [1, 2]
 
 
@@ -486,6 +486,6 @@ async def test_the_end_tells_the_external_id_of_the_last_attempt(app: App, appli
     again = RetryPolicy(max_retries=1, initial_delay=1.05, max_delay=1.05, jitter=0)
     task = reported(TemporalAsyncTask("call", call, retry_policy=again), to=application)
     await app.start(task)
-    assert await task.run("cup", timeout=30) == "cup"
+    assert await task.run("cup", timeout=90) == "cup"
     last = application.reports[-1].events[-1]
     assert (str(last.type), last.payload) == ("completed", {"external_id": "job-2", "result": "cup"})

@@ -138,9 +138,9 @@ async def polled_by_workers_that_die(app: App, log: CallLog) -> str:
     try:
         task_id = await task.submit()
         for polls in (3, 6):
-            await wait_until(lambda polls=polls: Job(log).polls >= polls, timeout=30)
+            await wait_until(lambda polls=polls: Job(log).polls >= polls, timeout=90)
             os.kill(int(log.lines()[-1][1]), signal.SIGKILL)  # in the midst of the poll
-        return await task.result(task_id, timeout=30)
+        return await task.result(task_id, timeout=90)
     finally:
         for worker in workers:
             worker.__exit__()
@@ -151,11 +151,11 @@ async def held_by_a_worker_that_dies(app: App, log: CallLog) -> str:
     await app.connect(task)
     with WorkerProcess(__file__, app, CALLS=str(log.path)) as worker:
         task_id = await task.submit()
-        await status_when(task, task_id, is_held, timeout=30)
+        await status_when(task, task_id, is_held, timeout=90)
         worker.kill()
     await task.send(task_id, "approval", "approved")
     await app.start(task)
-    return await task.result(task_id, timeout=30)
+    return await task.result(task_id, timeout=90)
 
 
 Story = tuple[str, list[Sequence[str]]]
@@ -279,7 +279,7 @@ async def test_fifty_tasks_that_sleep_leave_two_slots_to_others(app: App):
     await app.start(nap, quick, max_concurrent_tasks=2)
     ids = await asyncio.gather(*(nap.submit() for _ in range(50)))
     # On a busy machine the server may take an attempt for lost before it comes to its step. That backs off, too.
-    await asyncio.gather(*(status_when(nap, task_id, is_asleep, timeout=40) for task_id in ids))
+    await asyncio.gather(*(status_when(nap, task_id, is_asleep, timeout=90) for task_id in ids))
     assert await quick.run("done", timeout=60) == "done"
     asleep = await asyncio.gather(*map(nap.get_status, ids))
     assert {(run.status, run.current_step) for run in asleep} == {(TaskStatus.PROCESSING, "nap")}

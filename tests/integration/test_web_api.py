@@ -182,7 +182,7 @@ async def test_runs_are_listed_by_status_and_in_pages(client: httpx.AsyncClient,
         page = (await client.get("/api/tasks/anything?status=completed&limit=100")).json()
         return page if len(page["runs"]) >= 5 else None
 
-    whole = await wait_until(listed, timeout=20)
+    whole = await wait_until(listed, timeout=90)
     found, query = [], "?status=completed&limit=2"
     while query:
         page = (await client.get("/api/tasks/anything" + query)).json()
@@ -204,7 +204,7 @@ async def test_a_page_of_runs_that_go_on_counts_only_those(app: App, tasks: list
     async def listed() -> list[str]:
         return [run.task_id async for run in approval.list(status="pending")]
 
-    await wait_until(lambda: _holds(listed, ids), timeout=20)
+    await wait_until(lambda: _holds(listed, ids), timeout=90)
     whole = await listed()
     assert [run.task_id async for run in approval.list(status="pending", skip=1, limit=1)] == whole[1:2]
     assert [run.task_id async for run in approval.list(skip=2)][:1] == whole[2:3]
