@@ -43,7 +43,7 @@ def seconds(value: float | timedelta) -> float:
 
 
 def check_seconds(value: float | timedelta, what: str) -> float:
-    """The same of a value that may be none.
+    """``seconds`` of what an application gives for a duration.
 
     Raises:
         ConfigError: It is neither a number nor a ``timedelta``.

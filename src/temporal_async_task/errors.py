@@ -261,3 +261,8 @@ class RetryableError(AsyncTaskError):
     def __init__(self, message: str = "", *, retry_after: float | timedelta | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def unreadable_result(error_type: str | None, message: str) -> AsyncTaskError:
+    """The error of a run that has completed with a result that cannot be read, by the error's type in its status."""
+    return (StorageError if error_type == StorageError.__name__ else ResultError)(message)

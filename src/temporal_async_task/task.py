@@ -25,11 +25,10 @@ from temporal_async_task.errors import (
     InvalidKeyError,
     NotConnectedError,
     ParamsError,
-    ResultError,
     ServerUnavailableError,
-    StorageError,
     TaskCancelledError,
     TaskFailedError,
+    unreadable_result,
 )
 from temporal_async_task.retry import RetryPolicy
 from temporal_async_task.schedules import (
@@ -332,8 +331,8 @@ class TemporalAsyncTask(Generic[P, R]):
                 f"Run {task_id!r} of task {self.name!r} has not ended within {limit} s; it goes on."
             ) from None
         if ended.status is TaskStatus.COMPLETED and ended.error is not None:
-            unreadable = StorageError if ended.error_type == StorageError.__name__ else ResultError
-            raise unreadable(f"Run {task_id!r} of task {self.name!r} has completed, but {ended.error}")
+            text = f"Run {task_id!r} of task {self.name!r} has completed, but {ended.error}"
+            raise unreadable_result(ended.error_type, text)
         if ended.status is TaskStatus.COMPLETED:
             return ended.result  # type: ignore[return-value]  # None is a result where R says so
         kind = TaskCancelledError if ended.error_type == wire.CANCELLED else TaskFailedError

@@ -31,10 +31,7 @@ from temporal_async_task.engine.client import AttemptGoneError
 from temporal_async_task.engine.execution import execution_of
 from temporal_async_task.engine.journal import Journal, Snapshot
 from temporal_async_task.engine.mailbox import Mailbox
-from temporal_async_task.engine.outcome import (
-    Failed,
-    Outcome,
-)
+from temporal_async_task.engine.outcome import Failed, Outcome
 from temporal_async_task.engine.runner import Runner
 from temporal_async_task.engine.signatures import is_sync
 from temporal_async_task.engine.stopping import stop_and_look

@@ -6,13 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from temporal_async_task.errors import (
-    ResultError,
-    StorageError,
-    TaskConflictError,
-    TaskFailedError,
-    TaskNotFoundError,
-)
+from temporal_async_task.errors import TaskConflictError, TaskFailedError, TaskNotFoundError, unreadable_result
 from temporal_async_task.status import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -73,8 +67,7 @@ class Child:
         if run.status is not TaskStatus.COMPLETED:
             return None
         if run.error is not None:  # its result cannot be read
-            kind = StorageError if run.error_type == StorageError.__name__ else ResultError
-            raise kind(f"the result of run {self._id!r}: {run.error}")
+            raise unreadable_result(run.error_type, f"the result of run {self._id!r}: {run.error}")
         return Ready(run.result)
 
     async def _find(self) -> TaskResult[Any] | None:

@@ -235,9 +235,7 @@ class Dispatcher:
             return _refused(claim, type(error).__name__, str(error))
         except ServerUnavailableError as error:
             return Settled(claim, trouble=error)
-        except (
-            Exception
-        ) as error:  # of the server, which refuses, or of a codec: what is in one's way now may not be later
+        except Exception as error:  # of the server, which refuses, or of a codec: it may pass
             return Settled(claim, trouble=error, after=TROUBLE_DELAY)
         return Settled(claim, Event(RecordStatus.QUEUED, utc_now()))
 
